@@ -1,0 +1,350 @@
+"""The experiment's schema. Imports nothing heavy: `check` and `--help` must be quick.
+
+An experiment is one mapping; each arm is that mapping with some keys changed. `Experiment.arm(name)` gives an
+arm's own resolved settings; `load_experiment` reads, overrides and validates a YAML file.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from online_dpo.errors import ConfigError, nearest
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Spec(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PromptsSpec(Spec):
+    """Where prompts come from. `path` is a file, a folder, or a hub dataset's id."""
+
+    path: str
+    split: str = "train"
+    name: str | None = Field(default=None, description="a hub dataset's configuration")
+    column: str = Field(default="prompt", description="plain text, or a list of {role, content} messages")
+    id_column: str | None = None
+    system: str | None = Field(default=None, description="system message put before plain-text prompts")
+    per_round: Positive = 256
+    held_out: Positive = 256
+    max_tokens: Positive = Field(default=512, description="longer prompts are dropped and counted")
+
+
+class SamplingSpec(Spec):
+    """How candidates are drawn. Log-probs are stored before temperature and top_p."""
+
+    n: Positive = 4
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: Positive = 64
+
+
+class JudgeSpec(Spec):
+    """`use` is "module:Class"; every other key goes to its constructor."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    use: str
+
+    @field_validator("use")
+    @classmethod
+    def _dotted(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+            raise ValueError('a judge is named as "module:Class", for example "judges.length:LengthJudge"')
+        return value
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The constructor's keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class PairingSpec(Spec):
+    """How verdicts become pairs. Margins are in the judge's units."""
+
+    rule: Literal["best_vs_worst", "best_vs_random", "random", "all_pairs", "top_k"] = "best_vs_worst"
+    min_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    k: Positive = Field(default=2, description="top_k: the k best against the k worst, rank by rank")
+    max_pairs: Positive | None = Field(default=None, description="a round's budget; more pairs are dropped, counted")
+
+
+class DPOSpec(Spec):
+    """The loss and its optimiser. One step is `batch_size` pairs, whatever the micro-batch."""
+
+    loss: Literal["sigmoid"] = "sigmoid"
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    batch_size: Positive = 32
+    micro_batch_size: Positive = 4
+    epochs: Positive = 1
+    warmup: Fraction = Field(default=0.1, description="share of the round's steps")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    engine_gap_tolerance: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None,
+        description="largest per-token gap at which the engine's log-probs serve as the reference's; "
+        "default 1e-3 in float32, 0.05 in bfloat16",
+    )
+
+
+class LoraSpec(Spec):
+    """Train an adapter instead of all weights (`dpo.lr` then wants to be 10 to 100 times larger)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    dropout: Literal[0] = Field(default=0, description="DPO compares log-probs: dropout stays off")
+    target_modules: str | list[str] = "all-linear"
+    serve: Literal["merged", "adapter"] = "merged"
+
+
+class EverySpec(Spec):
+    """Source refreshed every k rounds (semi-online)."""
+
+    every: Positive
+
+
+class ArmSettings(Spec):
+    """All that may differ between arms."""
+
+    rounds: Positive = 1
+    source: Literal["current", "initial"] | EverySpec = "current"
+    reference: Literal["prior", "initial"] = Field(
+        default="prior", description="prior: the policy that the round began with"
+    )
+    sampling: SamplingSpec = SamplingSpec()
+    judge: JudgeSpec
+    max_abstain: Fraction = Field(default=0.2, description="largest share of abstentions in a round")
+    pairing: PairingSpec = PairingSpec()
+    dpo: DPOSpec = DPOSpec()
+
+
+class EvaluationSpec(Spec):
+    """Held-out measuring after every round; one answer a prompt, the same seeds in every round and arm."""
+
+    judge: JudgeSpec | None = Field(default=None, description="default: each arm's own judge")
+    against: Literal["initial"] = "initial"
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: Positive | None = Field(default=None, description="default: sampling.max_tokens")
+    show: Annotated[int, Field(ge=0)] = Field(default=3, description="answers printed before and after")
+
+
+class EngineSpec(Spec):
+    """What generates."""
+
+    kind: Literal["auto", "vllm", "transformers"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Positive | None = Field(default=None, description="default: longest prompt + max_tokens")
+    kv_cache_gb: Annotated[float, Field(gt=0.0)] = Field(default=2.0, description="CPU only")
+    threads: Positive | None = Field(default=None, description="CPU threads; default: all cores")
+    gpus: Annotated[float, Field(ge=0.0)] | None = Field(default=None, description="default: 1 where there is a GPU")
+    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    enforce_eager: bool | None = Field(default=None, description="default: true on CPU, false on GPU")
+    share_gpu: bool = Field(default=False, description="engine sleeps while the learner works on the same GPU")
+    batch_size: Positive = Field(default=32, description="transformers engine: sequences decoded together")
+
+
+class LearnerSpec(Spec):
+    """Where training runs."""
+
+    workers: Positive = 1
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the forward; weights and optimiser stay float32"
+    )
+    activation_checkpointing: bool = False
+    threads: Positive | None = Field(default=None, description="CPU threads a worker; default: cores / workers")
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = None
+
+
+class Experiment(ArmSettings):
+    """One whole experiment."""
+
+    name: str
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    prompts: PromptsSpec
+    lora: LoraSpec | None = None
+    arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"on_policy": {}})
+    evaluation: EvaluationSpec = EvaluationSpec()
+    engine: EngineSpec = EngineSpec()
+    learner: LearnerSpec = LearnerSpec()
+    keep: Literal["all", "last", "best"] = Field(default="all", description="which policies stay on disk")
+    output: str = Field(default="runs", description="the run folder is output/name")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("letters, digits, '.', '_' and '-' only, at most 64")
+        return value
+
+    @model_validator(mode="after")
+    def _arms(self) -> Experiment:
+        if not self.arms:
+            raise ValueError("arms: at least one arm is needed")
+        for name in self.arms:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"arms.{name}: letters, digits, '.', '_' and '-' only, at most 64")
+            self.arm(name)
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: the same seed twice")
+        return self
+
+    def arm(self, name: str) -> ArmSettings:
+        """The settings of arm `name`: this experiment's, with the arm's keys changed (mappings merge)."""
+        if name not in self.arms:
+            raise ConfigError(f"no arm '{name}'{nearest(name, self.arms)}; arms: {', '.join(self.arms)}")
+        base = {key: self.model_dump()[key] for key in ArmSettings.model_fields}
+        try:
+            return ArmSettings.model_validate(merge(base, self.arms[name] or {}))
+        except ValidationError as error:
+            raise ConfigError(describe(error, ArmSettings, prefix=f"arms.{name}.")) from error
+
+    def evaluation_judge(self, name: str) -> JudgeSpec:
+        """The judge that measures arm `name` on the held-out prompts."""
+        return self.evaluation.judge or self.arm(name).judge
+
+
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `change` on top; nested mappings merge, all else replaces. A judge is replaced whole."""
+    result = copy.deepcopy(base)
+    for key, value in change.items():
+        whole = key == "judge" and isinstance(value, dict) and "use" in value
+        if isinstance(value, dict) and isinstance(result.get(key), dict) and not whole:
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which the same key twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise ConfigError(f"key '{key}' stands twice (line {key_node.start_mark.line + 1})")
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in YAML file `path`; `ConfigError` when there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no experiment file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        first = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {first}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: an experiment is a mapping of keys, found {type(data).__name__}")
+    return data
+
+
+def apply_override(data: dict[str, Any], assignment: str) -> None:
+    """Apply one `--set key.sub=value` to `data` in place; the value is read as YAML."""
+    key, sign, text = assignment.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"--set {assignment}: write key=value, for example --set dpo.beta=0.2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: '{text}' is not valid YAML") from error
+    *parents, last = key.strip().split(".")
+    here = data
+    for parent in parents:
+        child = here.get(parent)
+        if child is None:
+            child = here[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: '{parent}' holds a value, not a mapping")
+        here = child
+    here[last] = value
+
+
+def validate_experiment(data: dict[str, Any], where: str) -> Experiment:
+    """`data` as an `Experiment`; `ConfigError` names the file, the key and the nearest right one."""
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {describe(error, Experiment)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def load_experiment(path: Path, overrides: list[str] | None = None, seeds: list[int] | None = None) -> Experiment:
+    """Read `path`, apply `--set` overrides and `--seed`, validate."""
+    data = read_yaml(path)
+    for assignment in overrides or []:
+        apply_override(data, assignment)
+    if seeds:
+        data["seeds"] = list(seeds)
+    return validate_experiment(data, str(path))
+
+
+def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first fault in one line: where, what, the nearest right key; and how many more there are."""
+    faults = error.errors(include_url=False, include_context=False)
+    # An unknown key explains a missing one more often than the other way round.
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    # A union adds the member it tried to the location: not a key of the user's.
+    location = [str(part) for part in first["loc"] if part not in ("EverySpec",) and not _is_union_tag(part)]
+    where = prefix + ".".join(location)
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(model, location[:-1])
+        text = f"unknown key '{where}'{nearest(location[-1], fields)}"
+        if fields and not nearest(location[-1], fields):
+            text += f"; known: {', '.join(fields)}"
+    elif first["type"] == "missing":
+        text = f"key '{where}' is missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(first["input"], dict) else f" (found {first['input']!r:.60})"
+        text = f"{where}: {message}{shown}" if where else message
+    rest = len(faults) - 1
+    return text + (f" (and {rest} more)" if rest else "")
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and (part.startswith(("literal[", "list[", "function-")) or part in ("str", "constrained-str"))
+
+
+def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The known keys of the section at `location` under `model`."""
+    current: type[BaseModel] = model
+    for part in location:
+        field = current.model_fields.get(part)
+        annotation = field.annotation if field else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        found = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if found is None:
+            return []
+        current = found
+    return list(current.model_fields)

@@ -1,0 +1,68 @@
+"""Every error the user can cause or must act on, as one tree.
+
+::
+
+    OnlineDPOError                 anything that ends in one clear line
+    ├── ConfigError                the experiment (YAML, --set) is wrong          exit 2
+    ├── DataError                  a prompt file or dataset is wrong              exit 2
+    ├── ModelError                 a model cannot be found or loaded              exit 2
+    ├── JudgeError                 a judge cannot be loaded or broke its contract exit 2
+    ├── RunFolderError             a run folder is missing, locked or damaged     exit 2
+    ├── EngineError                the engine failed or holds the wrong weights   exit 1
+    └── TrainingError              non-finite loss, broken first-step identity    exit 1
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OnlineDPOError(Exception):
+    """Base of all errors that the command line prints as one line (no traceback)."""
+
+    exit_code = 1
+
+
+class ConfigError(OnlineDPOError):
+    """The experiment is wrong: unknown key, wrong type, impossible combination."""
+
+    exit_code = 2
+
+
+class DataError(OnlineDPOError):
+    """A prompt file or dataset cannot be read, or lacks what the experiment asks of it."""
+
+    exit_code = 2
+
+
+class ModelError(OnlineDPOError):
+    """A model name resolves to nothing loadable on this machine."""
+
+    exit_code = 2
+
+
+class JudgeError(OnlineDPOError):
+    """A judge cannot be loaded, or broke its contract (wrong number of scores, too many abstentions)."""
+
+    exit_code = 2
+
+
+class RunFolderError(OnlineDPOError):
+    """A run folder is missing, in use, damaged, or belongs to another experiment."""
+
+    exit_code = 2
+
+
+class EngineError(OnlineDPOError):
+    """The engine failed, or does not hold the weights that it should hold."""
+
+
+class TrainingError(OnlineDPOError):
+    """Training cannot go on: a non-finite loss or gradient, or a broken first-step identity."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the known word nearest to `word`; empty when none is near."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,110 @@
+"""What the loop needs of an engine, a learner and a progress display. The backends implement these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from online_dpo.config import DPOSpec, SamplingSpec
+from online_dpo.types import Candidate, Pair, Policy, Probe, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """`sampling.n` candidates are asked of the engine for `prompt`; candidate i uses `seeds[i]`."""
+
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Generates. Holds exactly one policy at a time; changes it in place."""
+
+    kind: str
+
+    def load(self, policy: Policy) -> float:
+        """Take `policy`'s weights and check them against its probe.
+
+        Returns the largest absolute difference (nats per token) on the probe.
+        Raises `EngineError` when the engine does not hold the weights it should.
+        """
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
+        """Yield the candidates of one prompt at a time, in any order of prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """What one optimiser step reports. `loss` is the mean over the step's pairs; rewards are β·r."""
+
+    step: int
+    steps: int
+    loss: float
+    margin: float
+    accuracy: float
+    grad_norm: float
+    lr: float
+    chosen_logp: float
+    rejected_logp: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStart:
+    """What is known before the first step.
+
+    `engine_gap_token`/`engine_gap_sequence`: largest |stored − learner| log-prob difference per token and
+    per sequence on a sample of the pairs, at the source's own weights; None when the source is not the policy
+    that training starts from. `reference_from` says where the reference's log-probs came from.
+    """
+
+    reference_from: str
+    engine_gap_token: float | None
+    engine_gap_sequence: float | None
+
+
+class Learner(Protocol):
+    """Trains. Keeps one model in memory and its workers alive between rounds."""
+
+    def train(
+        self,
+        policy: Policy,
+        reference: Policy,
+        source: Policy,
+        pairs: Sequence[Pair],
+        dpo: DPOSpec,
+        *,
+        policy_id: str,
+        out: Path,
+        seed: int,
+    ) -> Iterator[TrainStart | TrainStep | Policy]:
+        """Train `policy` on `pairs` against `reference`, save to `out`.
+
+        Yields one `TrainStart`, a `TrainStep` per optimiser step, and last the saved `Policy` (id `policy_id`).
+        Raises `TrainingError` on a non-finite loss or gradient; nothing is saved then.
+        """
+
+    def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
+        """Per-token log-probs of each completion under `policy`, completion tokens only."""
+
+    def probe(self, policy: Policy, token_ids: Sequence[int]) -> Probe:
+        """The probe of `policy` on `token_ids`, by the learner's own forward."""
+
+
+class Progress(Protocol):
+    """Where the loop tells how far it is. Implemented by `online_dpo.display`."""
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        """A stage of `total` units begins."""
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """`amount` more units of the current stage are done."""
+
+    def finish(self) -> None:
+        """The current stage is done."""
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
