@@ -34,10 +34,18 @@ class Engine(Protocol):
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
         """Yield the candidates of one prompt at a time, in any order of prompts."""
 
+    def rest(self) -> None:
+        """Leave the accelerator to the learner until the next call (nothing to do where they share none)."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainStep:
-    """What one optimiser step reports. `loss` is the mean over the step's pairs; rewards are β·r."""
+    """What one optimiser step reports, before its update: means over the step's pairs.
+
+    `margin` is β(r_w − r_l), `accuracy` the share with margin > 0 (ties half), `r_w` and `r_l` the log-ratios
+    against the reference (nats a sequence): chosen falling is the sign of off-policy pairs. `tokens` counts what
+    was computed, prompts included.
+    """
 
     step: int
     steps: int
@@ -46,8 +54,8 @@ class TrainStep:
     accuracy: float
     grad_norm: float
     lr: float
-    chosen_logp: float
-    rejected_logp: float
+    r_w: float
+    r_l: float
     tokens: int
     seconds: float
 
@@ -57,13 +65,13 @@ class TrainStart:
     """What is known before the first step.
 
     `engine_gap_token`/`engine_gap_sequence`: largest |stored − learner| log-prob difference per token and
-    per sequence on a sample of the pairs, at the source's own weights; None when the source is not the policy
-    that training starts from. `reference_from` says where the reference's log-probs came from.
+    per sequence on a sample of the pairs, at the source's own weights. `reference_from` says where the reference's
+    log-probs came from: "engine" (stored at sampling) or "learner" (one pass without gradients).
     """
 
     reference_from: str
-    engine_gap_token: float | None
-    engine_gap_sequence: float | None
+    engine_gap_token: float
+    engine_gap_sequence: float
 
 
 class Learner(Protocol):
@@ -92,6 +100,9 @@ class Learner(Protocol):
 
     def probe(self, policy: Policy, token_ids: Sequence[int]) -> Probe:
         """The probe of `policy` on `token_ids`, by the learner's own forward."""
+
+    def rest(self) -> None:
+        """Leave the accelerator to the engine until the next call (nothing to do where they share none)."""
 
 
 class Progress(Protocol):

@@ -1,0 +1,65 @@
+"""Sums and gathers over the learner's workers; with one worker, nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This worker's rank and the number of workers."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def join(rank: int, world: int, address: str) -> None:
+    """Enter the group of `world` workers at `address` (tcp://host:port): nccl on GPUs, gloo on CPUs."""
+    if world > 1:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add every worker's gradients, in place. A worker without any share of the batch adds zeros."""
+    if rank_and_world()[1] == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def summed(values: Tensor) -> Tensor:
+    """`values` added over all workers."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(mine: list[T]) -> list[T]:
+    """Shards `items[rank::world]` of every worker, put back into the order of `items`."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return mine
+    shards: list[list[T]] = [[] for _ in range(world)]
+    dist.all_gather_object(shards, mine)
+    merged: list[T] = []
+    for position in range(max(len(shard) for shard in shards)):
+        merged.extend(shard[position] for shard in shards if position < len(shard))
+    return merged
+
+
+def from_first(value: T) -> T:
+    """Worker 0's `value`, at every worker."""
+    if rank_and_world()[1] == 1:
+        return value
+    box: list[T] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

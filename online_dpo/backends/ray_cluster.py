@@ -1,0 +1,271 @@
+"""Engine and learner as Ray actors that live for the whole run."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from online_dpo.config import DPOSpec, EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
+from online_dpo.errors import ConfigError, EngineError, OnlineDPOError, TrainingError
+from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
+from online_dpo.types import Candidate, Pair, Policy, Probe, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What engine and learner both need to know of the run's model."""
+
+    initial: Policy
+    name: str
+    lora: LoraSpec | None
+    trust_remote_code: bool
+
+
+TrainWork = tuple[Policy, Policy, Policy, list[Pair], DPOSpec]
+"""policy, reference, source, pairs, dpo: sent once, read by every worker."""
+
+
+class EngineActor:
+    """Holds the engine in a process of its own. Built by `build`, so that a failure keeps its own error."""
+
+    def build(self, kind: str, settings: ModelSettings, spec: EngineSpec, max_model_len: int) -> str:
+        """Build the engine; returns its kind."""
+        from online_dpo.backends.hf_engine import TransformersEngine
+        from online_dpo.backends.vllm_engine import VllmEngine
+
+        trust = settings.trust_remote_code
+        if kind == "vllm":
+            self.engine: Any = VllmEngine(
+                settings.initial,
+                spec,
+                max_model_len=max_model_len,
+                lora=settings.lora,
+                trust_remote_code=trust,
+            )
+        else:
+            self.engine = TransformersEngine(settings.initial, spec, trust_remote_code=trust)
+        return kind
+
+    def load(self, policy: Policy) -> float:
+        """`protocols.Engine.load`."""
+        gap: float = self.engine.load(policy)
+        return gap
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
+        """`protocols.Engine.sample`, streamed."""
+        yield from self.engine.sample(requests, sampling)
+
+    def rest(self) -> None:
+        """`protocols.Engine.rest`."""
+        self.engine.rest()
+
+
+class LearnerActor:
+    """One learner worker."""
+
+    def address(self) -> str:
+        """A free tcp address on this worker's node for the group to meet at."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def build(
+        self,
+        rank: int,
+        world: int,
+        address: str,
+        settings: ModelSettings,
+        spec: LearnerSpec,
+        probe_token_ids: Sequence[int],
+        share_gpu: bool,
+    ) -> None:
+        """Join the group and load the model."""
+        import torch
+
+        from online_dpo.backends.distributed import join
+        from online_dpo.backends.learner import LocalLearner
+        from online_dpo.backends.policy_model import PolicyModel
+
+        if not torch.cuda.is_available():
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        join(rank, world, address)
+        model = PolicyModel(
+            settings.initial,
+            model_name=settings.name,
+            lora=settings.lora,
+            dtype=spec.dtype,
+            activation_checkpointing=spec.activation_checkpointing,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        self.learner = LocalLearner(model, probe_token_ids, share_gpu=share_gpu)
+
+    def train(self, work: TrainWork, policy_id: str, out: Path, seed: int) -> Iterator[TrainStart | TrainStep | Policy]:
+        """`protocols.Learner.train`, streamed."""
+        policy, reference, source, pairs, dpo = work
+        yield from self.learner.train(
+            policy, reference, source, pairs, dpo, policy_id=policy_id, out=out, seed=seed
+        )
+
+    def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
+        """`protocols.Learner.score`."""
+        return self.learner.score(policy, items)
+
+    def probe(self, policy: Policy, token_ids: Sequence[int]) -> Probe:
+        """`protocols.Learner.probe`."""
+        return self.learner.probe(policy, token_ids)
+
+    def rest(self) -> None:
+        """`protocols.Learner.rest`."""
+        self.learner.rest()
+
+
+class RayEngine:
+    """`protocols.Engine` over an `EngineActor`."""
+
+    def __init__(self, actor: ActorHandle, kind: str) -> None:
+        self.actor = actor
+        self.kind = kind
+
+    def load(self, policy: Policy) -> float:
+        """`protocols.Engine.load`."""
+        gap: float = wait(self.actor.load.remote(policy), EngineError, "the engine")
+        return gap
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
+        """`protocols.Engine.sample`."""
+        stream = self.actor.sample.options(num_returns="streaming").remote(requests, sampling)
+        for reference in stream:
+            yield wait(reference, EngineError, "the engine")
+
+    def rest(self) -> None:
+        """`protocols.Engine.rest`."""
+        wait(self.actor.rest.remote(), EngineError, "the engine")
+
+
+class RayLearner:
+    """`protocols.Learner` over a group of `LearnerActor`s."""
+
+    def __init__(self, workers: Sequence[ActorHandle]) -> None:
+        self.workers = list(workers)
+
+    def train(
+        self,
+        policy: Policy,
+        reference: Policy,
+        source: Policy,
+        pairs: Sequence[Pair],
+        dpo: DPOSpec,
+        *,
+        policy_id: str,
+        out: Path,
+        seed: int,
+    ) -> Iterator[TrainStart | TrainStep | Policy]:
+        """`protocols.Learner.train`; what worker 0 says is passed on, the others work in step with it."""
+        shared = ray.put((policy, reference, source, list(pairs), dpo))
+        streams = [
+            worker.train.options(num_returns="streaming").remote(shared, policy_id, out, seed)
+            for worker in self.workers
+        ]
+        for reference_0, *others in zip(*streams, strict=True):
+            wait(others, TrainingError, "a learner worker")
+            yield wait(reference_0, TrainingError, "learner worker 0")
+
+    def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
+        """`protocols.Learner.score`."""
+        shared = list(items)
+        results: list[list[list[float]]] = wait(
+            [worker.score.remote(policy, shared) for worker in self.workers], TrainingError, "a learner worker"
+        )
+        return results[0]
+
+    def probe(self, policy: Policy, token_ids: Sequence[int]) -> Probe:
+        """`protocols.Learner.probe`."""
+        probes: list[Probe] = wait(
+            [worker.probe.remote(policy, token_ids) for worker in self.workers], TrainingError, "a learner worker"
+        )
+        return probes[0]
+
+    def rest(self) -> None:
+        """`protocols.Learner.rest`."""
+        wait([worker.rest.remote() for worker in self.workers], TrainingError, "a learner worker")
+
+
+def start_ray() -> None:
+    """A Ray of this process's own, on the loopback address, unless one runs already."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would otherwise warn of, and in a later version change, how accelerators are hidden from CPU actors.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        num_cpus=cores(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=256 * 2**20,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def start_engine_actor(environment: dict[str, str], gpus: float) -> ActorHandle:
+    """An `EngineActor` with `environment`, not built yet."""
+    remote = ray.remote(EngineActor)
+    actor: ActorHandle = remote.options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment}).remote()
+    return actor
+
+
+def start_learner_actors(spec: LearnerSpec, gpus_per_worker: float) -> list[ActorHandle]:
+    """`spec.workers` learner workers, not built yet. Ray would give each one thread: it is told here."""
+    threads = spec.threads or max(1, cores() // spec.workers)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    remote = ray.remote(LearnerActor)
+    options = remote.options(num_cpus=0, num_gpus=gpus_per_worker, runtime_env={"env_vars": environment})
+    return [options.remote() for _ in range(spec.workers)]
+
+
+def gpu_shares(engine: EngineSpec, learner: LearnerSpec) -> tuple[float, float]:
+    """GPUs for the engine and for each learner worker; zeros where the cluster has none.
+
+    Raises `ConfigError` when more are asked for than there are.
+    """
+    there = float(ray.cluster_resources().get("GPU", 0))
+    share = 0.5 if engine.share_gpu else 1.0
+    default_engine = share * engine.tensor_parallel_size if there else 0.0
+    for_engine = engine.gpus if engine.gpus is not None else default_engine
+    for_worker = learner.gpus_per_worker if learner.gpus_per_worker is not None else (share if there else 0.0)
+    wanted = for_engine + for_worker * learner.workers
+    if wanted > there:
+        raise ConfigError(
+            f"the engine ({for_engine:g}) and {learner.workers} learner worker(s) ({for_worker:g} each) ask for "
+            f"{wanted:g} GPUs, there are {there:g}; set engine.gpus and learner.gpus_per_worker, or engine.share_gpu: true"
+        )
+    return for_engine, for_worker
+
+
+def wait(references: Any, kind: type[OnlineDPOError], who: str) -> Any:
+    """`ray.get` whose failures are this project's errors again."""
+    try:
+        return ray.get(references)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, OnlineDPOError):
+            raise cause from None
+        raise kind(f"{who} failed: {type(cause).__name__}: {' '.join(str(cause).split())[:400]}") from error
+    except RayActorError as error:
+        raise kind(f"{who}'s process ended: {' '.join(str(error).split())[:300]}") from error
+    except RayError as error:
+        raise kind(f"{who}: {' '.join(str(error).split())[:300]}") from error

