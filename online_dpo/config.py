@@ -171,6 +171,10 @@ class LearnerSpec(Spec):
     gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = None
 
 
+def _one_arm() -> dict[str, dict[str, Any] | None]:
+    return {"on_policy": {}}
+
+
 class Experiment(ArmSettings):
     """One whole experiment."""
 
@@ -181,7 +185,7 @@ class Experiment(ArmSettings):
     trust_remote_code: bool = False
     prompts: PromptsSpec
     lora: LoraSpec | None = None
-    arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"on_policy": {}})
+    arms: dict[str, dict[str, Any] | None] = Field(default_factory=_one_arm)
     evaluation: EvaluationSpec = EvaluationSpec()
     engine: EngineSpec = EngineSpec()
     learner: LearnerSpec = LearnerSpec()
@@ -234,13 +238,20 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; an empty mapping stays a value."""
+    if isinstance(data, dict) and data:
+        return {k: v for key, value in data.items() for k, v in flatten(value, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): data}
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML in which the same key twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=deep)
             if isinstance(key, str) and key in seen:
                 raise ConfigError(f"key '{key}' stands twice (line {key_node.start_mark.line + 1})")
             if isinstance(key, str):
@@ -333,7 +344,9 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (part.startswith(("literal[", "list[", "function-")) or part in ("str", "constrained-str"))
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "list[", "function-")) or part in ("str", "constrained-str")
+    )
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -31,8 +31,13 @@ class Sequences:
 
     def to(self, device: torch.device) -> Sequences:
         """The same batch on `device`."""
-        moved = (t.to(device) for t in (self.token_ids, self.attention_mask, self.predictors, self.targets))
-        return Sequences(*moved, lengths=self.lengths)
+        return Sequences(
+            self.token_ids.to(device),
+            self.attention_mask.to(device),
+            self.predictors.to(device),
+            self.targets.to(device),
+            self.lengths,
+        )
 
 
 def collate(items: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int = 0) -> Sequences:
@@ -91,7 +96,7 @@ def token_logps(model: nn.Module, batch: Sequences) -> Tensor:
     """
     with _head_only_at(model, batch.predictors):
         output = model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits = output.logits.squeeze(0).float()
+    logits: Tensor = output.logits.squeeze(0).float()
     picked = logits.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
     return picked - torch.logsumexp(logits, dim=-1)
 

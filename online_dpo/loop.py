@@ -260,7 +260,7 @@ def _train(
             raise TrainingError(f"round {folder.index} has no pairs to train on (dropped: {pair.info['dropped']})")
         arm.run.engine.rest()
         began = time.perf_counter()
-        start: TrainStart | None = None
+        starts: list[TrainStart] = []
         steps: list[TrainStep] = []
         arm.run.progress.start(f"{arm.label} · round {folder.index} train", len(pairs) * dpo.epochs, "pairs")
         for event in arm.run.learner.train(
@@ -274,14 +274,13 @@ def _train(
             seed=seed,
         ):
             if isinstance(event, TrainStart):
-                start = event
+                starts.append(event)
             elif isinstance(event, TrainStep):
                 steps.append(event)
                 left = len(pairs) * dpo.epochs - (len(steps) - 1) * dpo.batch_size
                 arm.run.progress.advance(min(dpo.batch_size, left), f"loss {event.loss:.3f}")
         arm.run.progress.finish()
-        assert start is not None
-        return _train_figures(start, steps, time.perf_counter() - began)
+        return _train_figures(starts[0], steps, time.perf_counter() - began)
 
     inputs = {
         "policy": pinned.start.digest,
@@ -451,5 +450,3 @@ def collect_metrics(store: RunStore, experiment: Experiment) -> list[dict[str, A
                 if folder.closed:
                     rows.append(folder.metrics)
     return rows
-
-

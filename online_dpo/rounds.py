@@ -58,7 +58,11 @@ def pin(folder: RoundFolder, policies: ArmPolicies, settings: ArmSettings, promp
     Raises `RunFolderError` when a pinned policy or prompt is no longer what it was.
     """
     index = folder.index
-    chosen = {"start": index - 1, "source": source_index(settings, index), "reference": reference_index(settings, index)}
+    chosen = {
+        "start": index - 1,
+        "source": source_index(settings, index),
+        "reference": reference_index(settings, index),
+    }
 
     def decide() -> dict[str, Any]:
         return {

@@ -95,6 +95,25 @@ def open_or_create(resolved: Resolved) -> RunStore:
     return store
 
 
+def reopen(root: Path) -> tuple[RunStore, ResolvedModel]:
+    """The run in folder `root` and its model, for resuming; its prompts are in the folder itself.
+
+    Raises `RunFolderError` when there is no run or its model is another one now.
+    """
+    store = RunStore.open(root)
+    experiment = store.experiment
+    folder = Path(store.manifest["folder"])
+    model = resolve_model(
+        experiment.model,
+        revision=experiment.revision,
+        folders=[folder],
+        trust_remote_code=experiment.trust_remote_code,
+    )
+    check_unchanged(store, model)
+    check_judges(experiment, folder)
+    return store, model
+
+
 def check_unchanged(store: RunStore, model: ResolvedModel, prompts: PromptSet | None = None) -> None:
     """Raise `RunFolderError` when the model's or the prompts' files are not those that the run began with."""
     manifest = store.manifest
@@ -117,7 +136,6 @@ def finished(store: RunStore) -> bool:
 
 def execute(store: RunStore, model: ResolvedModel, progress: Progress) -> dict[str, str]:
     """Run what is left of the run in `store`; returns the arms that training stopped, by reason."""
-    experiment = store.experiment
     prompts = read_prompts(store.root / "prompts.parquet")
     if _prompt_digest(prompts["train"], prompts["held_out"]) != store.manifest["prompts"]["digest"]:
         raise RunFolderError(f"{store.root / 'prompts.parquet'} was changed after the run began")
@@ -169,9 +187,7 @@ def _initial_policy(store: RunStore, bare: Policy, learner: Learner, probe_ids: 
         record = {"digest": bare.digest, "token_ids": list(probe.token_ids), "logprobs": list(probe.logprobs)}
         write_json(file, record)
     record = json.loads(file.read_text(encoding="utf-8"))
-    return Policy(
-        bare.id, bare.path, bare.digest, probe=Probe(tuple(record["token_ids"]), tuple(record["logprobs"]))
-    )
+    return Policy(bare.id, bare.path, bare.digest, probe=Probe(tuple(record["token_ids"]), tuple(record["logprobs"])))
 
 
 def model_length(experiment: Experiment, prompts: Sequence[Prompt]) -> int:

@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 
-from online_dpo.config import Experiment, validate_experiment
+from online_dpo.config import Experiment, flatten, validate_experiment
 from online_dpo.errors import RunFolderError
 from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
 
@@ -273,15 +273,9 @@ def dump_experiment(experiment: Experiment) -> str:
 
 def changed_keys(old: Experiment, new: Experiment) -> list[str]:
     """Dotted keys in which two experiments differ, but for those that may change."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     keys = [*before, *(key for key in after if key not in before)]
     return [k for k in keys if before.get(k) != after.get(k) and k not in MAY_CHANGE]
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(data, dict) and data:
-        return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): data}
 
 
 def _key(stage: str, inputs: Mapping[str, str]) -> str:

@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> int:
     for line in found:
         print(f"requirements: {line}", file=sys.stderr)
     if not found:
-        print(f"requirements: as {arguments[0]}.txt says; left out on purpose: {', '.join(sorted(left_out(arguments[0])))}")
+        absent = ", ".join(sorted(left_out(arguments[0])))
+        print(f"requirements: as {arguments[0]}.txt says; left out on purpose: {absent}")
     return 1 if found else 0
 
 

@@ -45,7 +45,7 @@ def summed(values: Tensor) -> Tensor:
 
 def gathered(mine: list[T]) -> list[T]:
     """Shards `items[rank::world]` of every worker, put back into the order of `items`."""
-    rank, world = rank_and_world()
+    world = rank_and_world()[1]
     if world == 1:
         return mine
     shards: list[list[T]] = [[] for _ in range(world)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from online_dpo.config import Experiment
 from online_dpo.errors import ConfigError, EngineError
@@ -21,8 +23,12 @@ class Backends:
     learner: Learner
 
 
-def choose_engine(experiment: Experiment) -> tuple[str, str]:
-    """The engine's kind and one line that says why.
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes of vLLM 0.32's attention on CPU (`CPUAttentionBackend.get_supported_head_sizes`)."""
+
+
+def choose_engine(experiment: Experiment, model: Path) -> tuple[str, str]:
+    """The engine's kind for the model in folder `model`, and one line that says why.
 
     Raises `ConfigError` when vLLM is asked for and not installed.
     """
@@ -34,10 +40,27 @@ def choose_engine(experiment: Experiment) -> tuple[str, str]:
             "or set engine.kind: transformers"
         )
     if wanted == "auto":
+        size = head_size(model)
+        if have_vllm and size not in (None, *VLLM_CPU_HEAD_SIZES) and not _gpu_there():
+            return "transformers", f"engine: transformers (vllm has no attention for heads of size {size} on CPU)"
         if have_vllm:
             return "vllm", "engine: vllm (installed here)"
         return "transformers", "engine: transformers (vllm is not installed; same results, slower sampling)"
     return wanted, f"engine: {wanted} (as the experiment says)"
+
+
+def head_size(model: Path) -> int | None:
+    """The attention heads' size in a model folder's config.json, None where it does not say."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    given = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    return None if given is None else int(given)
+
+
+def _gpu_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @contextmanager
@@ -55,7 +78,7 @@ def start_backends(
     from online_dpo.backends import ray_cluster as cluster
     from online_dpo.backends.vllm_engine import vllm_environment
 
-    kind, line = choose_engine(experiment)
+    kind, line = choose_engine(experiment, initial.path)
     say(line)
     cluster.start_ray()
     try:

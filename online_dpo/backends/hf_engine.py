@@ -66,7 +66,7 @@ class TransformersEngine:
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
         """See `protocols.Engine.sample`. Prompts of like length are decoded together."""
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt.token_ids), i))
-        most = max(1, max(len(request.seeds) for request in requests)) if requests else 1
+        most = max((len(request.seeds) for request in requests), default=1)
         group = max(1, self.batch_size // most)
         for start in range(0, len(order), group):
             chosen = [requests[i] for i in order[start : start + group]]
@@ -141,9 +141,7 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
     return token_ids.to(device), mask.to(device)
 
 
-def draw(
-    logits: Tensor, sampling: SamplingSpec, generators: Sequence[torch.Generator], done: Sequence[bool]
-) -> Tensor:
+def draw(logits: Tensor, sampling: SamplingSpec, generators: Sequence[torch.Generator], done: Sequence[bool]) -> Tensor:
     """One token a row from softmax(logits / temperature) cut to the top_p nucleus; the largest at temperature 0.
 
     logits: [rows, vocabulary]. Returns [rows]. Rows that are done draw nothing from their generator.

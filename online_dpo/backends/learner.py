@@ -13,11 +13,11 @@ from torch import Tensor
 
 from online_dpo.backends.distributed import from_first, gathered, rank_and_world, sum_gradients, summed
 from online_dpo.backends.optimiser import learning_rate, make_optimiser
-from online_dpo.policies import write_policy
 from online_dpo.backends.policy_model import Item, PolicyModel
 from online_dpo.config import DPOSpec
 from online_dpo.errors import TrainingError
 from online_dpo.losses import LN2, implicit_rewards, log_ratios, sigmoid
+from online_dpo.policies import write_policy
 from online_dpo.protocols import TrainStart, TrainStep
 from online_dpo.types import Candidate, Pair, Policy, Probe, Prompt
 
@@ -191,14 +191,13 @@ class LocalLearner:
         return summed(stats.to(self.model.device)).cpu()
 
     def _save(self, policy_id: str, out: Path) -> Policy:
-        policy: Policy | None = None
+        saved: list[Policy] = []
         if self.rank == 0:
-            policy = self.model.save(policy_id, out, self.probe_token_ids)
-            write_policy(policy)
-        saved = from_first(policy)
-        assert saved is not None
-        self.model.loaded = saved.digest
-        return saved
+            saved = [self.model.save(policy_id, out, self.probe_token_ids)]
+            write_policy(saved[0])
+        (policy,) = from_first(saved)
+        self.model.loaded = policy.digest
+        return policy
 
 
 def batch_order(pairs: int, dpo: DPOSpec, seed: int) -> list[list[int]]:

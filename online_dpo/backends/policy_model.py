@@ -116,7 +116,7 @@ class PolicyModel:
             chosen = order[start : start + batch_size]
             batch = collate([items[i] for i in chosen]).to(self.device)
             with self.autocast():
-                values = token_logps(self.model, batch).cpu().split(list(batch.lengths))
+                values = torch.split(token_logps(self.model, batch).cpu(), list(batch.lengths))
             for i, value in zip(chosen, values, strict=True):
                 result[i] = value.tolist()
         return result
@@ -132,7 +132,7 @@ def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
 
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         lora_dropout=0.0,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
@@ -142,7 +142,9 @@ def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
     try:
         wrapped: Any = get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"lora.target_modules {lora.target_modules!r}: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(
+            f"lora.target_modules {lora.target_modules!r}: {' '.join(str(error).split())[:200]}"
+        ) from error
     wrapped.peft_config["default"].base_model_name_or_path = model_name
     silence_dropout(wrapped)
     return wrapped.eval()

@@ -111,9 +111,7 @@ class LearnerActor:
     def train(self, work: TrainWork, policy_id: str, out: Path, seed: int) -> Iterator[TrainStart | TrainStep | Policy]:
         """`protocols.Learner.train`, streamed."""
         policy, reference, source, pairs, dpo = work
-        yield from self.learner.train(
-            policy, reference, source, pairs, dpo, policy_id=policy_id, out=out, seed=seed
-        )
+        yield from self.learner.train(policy, reference, source, pairs, dpo, policy_id=policy_id, out=out, seed=seed)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         """`protocols.Learner.score`."""
@@ -251,7 +249,8 @@ def gpu_shares(engine: EngineSpec, learner: LearnerSpec) -> tuple[float, float]:
     if wanted > there:
         raise ConfigError(
             f"the engine ({for_engine:g}) and {learner.workers} learner worker(s) ({for_worker:g} each) ask for "
-            f"{wanted:g} GPUs, there are {there:g}; set engine.gpus and learner.gpus_per_worker, or engine.share_gpu: true"
+            f"{wanted:g} GPUs, there are {there:g}; set engine.gpus and learner.gpus_per_worker, "
+            "or engine.share_gpu: true"
         )
     return for_engine, for_worker
 

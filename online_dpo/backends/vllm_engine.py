@@ -128,8 +128,7 @@ class VllmEngine:
         prompt: Any = {"prompt_token_ids": list(policy.probe.token_ids)}
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         output = self.llm.generate([prompt], params, use_tqdm=False, lora_request=self.lora_request)[0]
-        assert output.prompt_logprobs is not None
-        scored = zip(policy.probe.token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        scored = zip(policy.probe.token_ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
         return [entry[token].logprob for token, entry in scored if entry is not None]
 
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
@@ -158,7 +157,7 @@ class VllmEngine:
                 number, index = (int(part) for part in output.request_id.split(":")[:2])
                 request = requests[number]
                 group = waiting.setdefault(number, [])
-                group.append(self._candidate(request, index, output.outputs[0]))  # type: ignore[union-attr]
+                group.append(self._candidate(request, index, output.outputs[0]))
                 if len(group) == len(request.seeds):
                     yield sorted(waiting.pop(number), key=lambda candidate: candidate.index)
 

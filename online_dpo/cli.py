@@ -1,0 +1,174 @@
+"""The command line: run, resume, check, show. Loads nothing heavy before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+import online_dpo
+from online_dpo.config import Experiment, load_experiment
+from online_dpo.errors import OnlineDPOError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from online_dpo.models import ResolvedModel
+    from online_dpo.store import RunStore
+
+app = typer.Typer(
+    name="online-dpo",
+    help="Multi-round DPO with fresh on-policy pairs: sample, judge, pair, train, measure, repeat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="the experiment")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key; may be repeated")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed instead; may be repeated")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the trace of an error")]
+
+
+@app.command()
+def run(
+    experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Run an experiment, or go on with it where its run folder exists already."""
+    with _errors(debug):
+        spec = load_experiment(experiment, sets, seeds)
+        from online_dpo.runs import open_or_create, resolve
+
+        resolved = resolve(spec, experiment.parent)
+        store = open_or_create(resolved)
+        _go(store, resolved.model, quiet)
+
+
+@app.command()
+def resume(folder: RunFolder, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Go on with a run that was stopped; a finished run only prints its tables."""
+    with _errors(debug):
+        from online_dpo.runs import reopen
+
+        store, model = reopen(folder)
+        _go(store, model, quiet)
+
+
+@app.command()
+def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, debug: Debug = False) -> None:
+    """Validate an experiment, find its model, prompts and judges, and print the plan. Runs nothing."""
+    with _errors(debug):
+        spec = load_experiment(experiment, sets, seeds)
+        from online_dpo.backends.factory import choose_engine
+        from online_dpo.display import make_console
+        from online_dpo.plan import differences, plan_arms
+        from online_dpo.plan_display import plan_tables
+        from online_dpo.runs import resolve
+
+        resolved = resolve(spec, experiment.parent)
+        console = make_console()
+        console.print(
+            f"model: {resolved.model.name} ({resolved.model.origin}, digest {resolved.model.digest[:12]})\n"
+            f"prompts: {len(resolved.prompts.train)} to train, {len(resolved.prompts.held_out)} held out, "
+            f"dropped {resolved.prompts.dropped}\n"
+            f"{choose_engine(spec, resolved.model.path)[1]}\n"
+            f"run folder: {resolved.root}",
+            markup=False,
+            soft_wrap=True,
+        )
+        console.print(plan_tables(plan_arms(resolved), differences(spec), len(spec.seeds)))
+
+
+@app.command()
+def show(folder: RunFolder, debug: Debug = False) -> None:
+    """Print the tables of a run, finished or not."""
+    with _errors(debug):
+        from online_dpo.display import make_console
+        from online_dpo.store import RunStore
+
+        store = RunStore.open(folder)
+        _print_tables(store, store.experiment, make_console())
+
+
+def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
+    """Run what is left, print the tables, and exit with 1 when training stopped an arm."""
+    from online_dpo.display import make_console, make_progress
+    from online_dpo.runs import execute, finished
+
+    console = make_console()
+    stopped: dict[str, str] = {}
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with store.locked():
+            if finished(store):
+                console.print("this run is finished; nothing to do", markup=False)
+            else:
+                with make_progress(quiet, make_console(stderr=True)) as progress:
+                    stopped = execute(store, model, progress)
+    except KeyboardInterrupt:
+        console.print(f"stopped; go on with: online-dpo resume {store.root}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    _print_tables(store, store.experiment, console)
+    for arm, reason in stopped.items():
+        console.print(f"{arm} stopped early: {reason}", markup=False, soft_wrap=True)
+    if stopped:
+        raise typer.Exit(1)
+
+
+def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> None:
+    from online_dpo.display import budget_table, round_table, sample_answers, stage_table
+    from online_dpo.loop import collect_metrics
+    from online_dpo.showcase import before_and_after
+
+    metrics = collect_metrics(store, experiment)
+    if metrics:
+        for part in (round_table(metrics), stage_table(metrics), budget_table(metrics)):
+            console.print(part)
+        console.print(sample_answers(before_and_after(store, experiment)))
+    console.print(f"run folder: {store.root}", markup=False, soft_wrap=True)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Turns this project's errors into one line and the error's exit code."""
+    try:
+        yield
+    except OnlineDPOError as error:
+        if debug:
+            raise
+        from online_dpo.display import clean
+
+        print(f"online-dpo: {clean(error)}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+def main() -> None:
+    """Entry point."""
+    # Progress bars of libraries (loading, converting) would run through ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(online_dpo.__version__)
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

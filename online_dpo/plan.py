@@ -1,0 +1,116 @@
+"""What a run would do, before it does anything: pairs, steps, tokens and disk an arm, and how the arms differ."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from online_dpo.config import ArmSettings, Experiment, PairingSpec, flatten
+from online_dpo.loop import held_out_sampling
+from online_dpo.runs import Resolved
+from online_dpo.types import Prompt
+
+BYTES_A_STORED_TOKEN = 8
+"""A token id (int32) and its log-prob (float32), before compression."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmPlan:
+    """Upper bounds for one arm at one seed, over all its rounds. Tokens are completion tokens, disk is bytes."""
+
+    arm: str
+    rounds: int
+    candidates: int
+    pairs: int
+    steps: int
+    sampled_tokens: int
+    judged: int
+    disk: int
+
+
+def plan_arms(resolved: Resolved) -> list[ArmPlan]:
+    """The plan of every arm. Pairs are the most that the rule can make: ties and margins leave fewer."""
+    experiment = resolved.experiment
+    policy_bytes = policy_size(experiment, resolved.model.path)
+    return [
+        _plan_arm(experiment, name, experiment.arm(name), resolved.prompts.held_out, policy_bytes)
+        for name in experiment.arms
+    ]
+
+
+def _plan_arm(
+    experiment: Experiment, name: str, arm: ArmSettings, held_out: Sequence[Prompt], policy_bytes: int
+) -> ArmPlan:
+    per_round = experiment.prompts.per_round
+    candidates = per_round * arm.sampling.n
+    pairs = per_round * most_pairs(arm.pairing, arm.sampling.n)
+    if arm.pairing.max_pairs is not None:
+        pairs = min(pairs, arm.pairing.max_pairs)
+    steps = arm.dpo.epochs * -(-pairs // arm.dpo.batch_size)
+    held_out_tokens = len(held_out) * held_out_sampling(experiment, arm).max_tokens
+    tokens = candidates * arm.sampling.max_tokens + held_out_tokens
+    kept = arm.rounds if experiment.keep == "all" else min(arm.rounds, 2)
+    return ArmPlan(
+        arm=name,
+        rounds=arm.rounds,
+        candidates=arm.rounds * candidates,
+        pairs=arm.rounds * pairs,
+        steps=arm.rounds * steps,
+        sampled_tokens=arm.rounds * tokens + held_out_tokens,
+        judged=arm.rounds * (candidates + len(held_out)) + len(held_out),
+        disk=kept * policy_bytes + arm.rounds * tokens * BYTES_A_STORED_TOKEN,
+    )
+
+
+def most_pairs(pairing: PairingSpec, n: int) -> int:
+    """The most pairs that a rule makes of n candidates of one prompt."""
+    if pairing.rule == "all_pairs":
+        return n * (n - 1) // 2
+    if pairing.rule == "top_k":
+        return min(pairing.k, n // 2)
+    return min(1, n // 2)
+
+
+def policy_size(experiment: Experiment, path: Path) -> int:
+    """Bytes of one saved policy: all parameters in float32, or a LoRA adapter's matrices (bounded by two-dimensional
+    weights other than embeddings and head)."""
+    shapes = tensor_shapes(path)
+    if experiment.lora is None:
+        return 4 * sum(_count(shape) for shape in shapes.values())
+    rank = experiment.lora.rank
+    adapted = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and not any(part in name for part in ("embed", "head", "wte", "wpe"))
+    ]
+    return 4 * sum(rank * sum(shape) for shape in adapted)
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor in a folder's safetensors files, from their headers alone."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header: dict[str, Any] = json.loads(handle.read(length))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def differences(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Dotted key -> arm -> value, for every setting that is not the same in all arms."""
+    flat = {name: flatten(experiment.arm(name).model_dump(mode="json")) for name in experiment.arms}
+    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
+    table = {key: {name: settings.get(key) for name, settings in flat.items()} for key in keys}
+    return {key: values for key, values in table.items() if len({repr(value) for value in values.values()}) > 1}
