@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ def start_backends(
     say: Callable[[str], None],
 ) -> Iterator[Backends]:
     """Start Ray, the engine's actor and the learner's workers side by side; stop them all on leaving."""
+    # Ray reads this when it is imported. It is the switch by which Ray keeps all its ports on the loopback address
+    # (its default on desktop systems); otherwise they are open to the network that the machine is in.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     from online_dpo.backends import ray_cluster as cluster

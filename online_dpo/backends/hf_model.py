@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from online_dpo.errors import ModelError
 
@@ -33,13 +34,17 @@ def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = Fal
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to zero: layers, and rates that attention modules keep as plain numbers."""
+    """Set every dropout rate to zero: layers, and rates that modules or their configuration keep as plain numbers.
+
+    "drop" alone is looked for, since whole layers are skipped by a rate called `layerdrop`.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for holder in (module, *([module.config] if hasattr(module, "config") else [])):
+            rates = [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float)]
+            for name in rates:
+                setattr(holder, name, 0.0)
 
 
 def end_token_ids(path: Path) -> tuple[int, ...]:

@@ -103,7 +103,8 @@ class LocalLearner:
         self, reference: Policy, source: Policy, pairs: Sequence[Pair], dpo: DPOSpec
     ) -> tuple[PairSums, TrainStart]:
         """The reference's log-probs: the engine's stored ones where they are the reference's own and agree."""
-        gap_token, gap_sequence = self._engine_gap(source, pairs, dpo)
+        # Every worker must take the same branch: beside the tolerance, their rounding could differ.
+        gap_token, gap_sequence = from_first(self._engine_gap(source, pairs, dpo))
         if reference.digest == source.digest and gap_token <= self._tolerance(dpo):
             stored = [(sum(p.chosen.logprobs), sum(p.rejected.logprobs)) for p in pairs]
             return _pair_sums(stored), TrainStart("engine", gap_token, gap_sequence)
@@ -213,9 +214,11 @@ def batch_order(pairs: int, dpo: DPOSpec, seed: int) -> list[list[int]]:
 def check_first_step(step: TrainStep, start: TrainStart, tolerance: float) -> None:
     """Policy = reference gives loss ln 2 and margin 0 (Rafailov 2023 eq. 7 at Δ = 0); else log-probs are wrong.
 
-    The margin may be off by the gap between engine and learner; a micro-batch's other padding moves float32 by less.
+    Where the reference's log-probs are the engine's, the margin may be off by the gap between engine and learner; a
+    micro-batch's other padding moves float32 by less.
     """
-    allowed = 2 * max(start.engine_gap_sequence, 10 * tolerance)
+    gap = start.engine_gap_sequence if start.reference_from == "engine" else 0.0
+    allowed = 2 * max(gap, 10 * tolerance)
     if abs(step.margin) > allowed or abs(step.loss - LN2) > allowed:
         raise TrainingError(
             f"the first step of a fresh round must have loss ln 2 = {LN2:.4f} and margin 0, found loss "

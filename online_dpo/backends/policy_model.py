@@ -88,8 +88,12 @@ class PolicyModel:
 
     def save(self, policy_id: str, out: Path, probe_token_ids: Sequence[int]) -> Policy:
         """Save the weights as policy `policy_id` in the empty folder `out`; safetensors only."""
-        self.model.save_pretrained(out, safe_serialization=True)
-        if self.lora is None:
+        if self.lora is not None:
+            # "auto" would ask the hub for a model of the base's name.
+            self.model.save_pretrained(out, safe_serialization=True, save_embedding_layers=False)
+        else:
+            _make_generation_saveable(self.model)
+            self.model.save_pretrained(out, safe_serialization=True)
             load_tokenizer(self.initial.path, self.trust_remote_code).save_pretrained(out)
         probe = self.probe(probe_token_ids)
         policy = Policy(policy_id, out, digest_folder(out), adapter=self.lora is not None, probe=probe)
@@ -125,6 +129,17 @@ class PolicyModel:
         """The probe of the weights that are loaded now."""
         values = self.per_token([(token_ids[:1], token_ids[1:])], batch_size=1)[0]
         return Probe(tuple(token_ids), tuple(values))
+
+
+def _make_generation_saveable(model: Any) -> None:
+    """Some published models name a temperature but not `do_sample`: loading allows it, saving raises."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:

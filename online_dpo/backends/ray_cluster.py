@@ -198,7 +198,7 @@ class RayLearner:
 
 
 def start_ray() -> None:
-    """A Ray of this process's own, on the loopback address, unless one runs already."""
+    """A Ray of this process's own, unless one runs already."""
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -210,7 +210,6 @@ def start_ray() -> None:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=256 * 2**20,
-        _node_ip_address="127.0.0.1",
     )
 
 

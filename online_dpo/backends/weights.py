@@ -49,6 +49,9 @@ def _adapter_matrices(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float, b
         raise EngineError(f"the adapter in {adapter} uses {unsupported[0]}, which cannot be merged here")
     scale = config["lora_alpha"] / config["r"]
     tensors = load_file(adapter / "adapter_model.safetensors")
+    strange = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if strange:
+        raise EngineError(f"the adapter in {adapter} holds {strange[0]}, which cannot be merged here")
     matrices: dict[str, Any] = {}
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):
