@@ -56,6 +56,12 @@ class JudgeSpec(Spec):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     use: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        """`judge: "module:Class"` is short for `judge: {use: "module:Class"}`."""
+        return {"use": value} if isinstance(value, str) else value
+
     @field_validator("use")
     @classmethod
     def _dotted(cls, value: str) -> str:
@@ -144,7 +150,12 @@ class EvaluationSpec(Spec):
 
 
 class EngineSpec(Spec):
-    """What generates."""
+    """What generates. `engine: vllm` is short for `engine: {kind: vllm}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
     kind: Literal["auto", "vllm", "transformers"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -215,9 +226,15 @@ class Experiment(ArmSettings):
         """The settings of arm `name`: this experiment's, with the arm's keys changed (mappings merge)."""
         if name not in self.arms:
             raise ConfigError(f"no arm '{name}'{nearest(name, self.arms)}; arms: {', '.join(self.arms)}")
+        change = self.arms[name] or {}
+        for key in change:
+            if key in Experiment.model_fields and key not in ArmSettings.model_fields:
+                raise ConfigError(
+                    f"arms.{name}.{key}: '{key}' is one for all arms; an arm may change {', '.join(ArmSettings.model_fields)}"
+                )
         base = {key: self.model_dump()[key] for key in ArmSettings.model_fields}
         try:
-            return ArmSettings.model_validate(merge(base, self.arms[name] or {}))
+            return ArmSettings.model_validate(merge(base, change))
         except ValidationError as error:
             raise ConfigError(describe(error, ArmSettings, prefix=f"arms.{name}.")) from error
 

@@ -41,10 +41,10 @@ def silence_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for holder in (module, *([module.config] if hasattr(module, "config") else [])):
-            rates = [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float)]
-            for name in rates:
-                setattr(holder, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def end_token_ids(path: Path) -> tuple[int, ...]:
