@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from online_dpo.errors import JudgeError
-from online_dpo.judging import Abstention, PointwiseJudge, Score, import_object, one_line
+from online_dpo.errors import JudgeError, one_line
+from online_dpo.judging import Abstention, PointwiseJudge, Score, import_object
 from online_dpo.types import Candidate, Prompt
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from online_dpo.errors import JudgeError
-from online_dpo.judging import Abstention, Item, PointwiseJudge, Score, one_line
+from online_dpo.errors import JudgeError, one_line
+from online_dpo.judging import Abstention, Item, PointwiseJudge, Score
 from online_dpo.types import Candidate, Prompt
 
 if TYPE_CHECKING:

@@ -23,10 +23,9 @@ from types import ModuleType
 from typing import Any, ClassVar, TypeAlias
 
 from online_dpo.config import JudgeSpec
-from online_dpo.errors import DataError, JudgeError, OnlineDPOError, nearest
+from online_dpo.errors import DataError, JudgeError, OnlineDPOError, nearest, one_line
 from online_dpo.types import Abstain, Candidate, Prompt, Verdict
 
-REASON_LENGTH = 200
 REASONS_SHOWN = 5
 
 
@@ -472,10 +471,3 @@ def _check_abstentions(judge: Judge, done: list[Verdict | Abstain], total: int, 
         f"(of {total}), more than max_abstain {max_abstain:g} allows: {shown}{more}; "
         f"first at prompt '{abstained[0].prompt_id}'"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as "Type: message", one line of at most `REASON_LENGTH` characters."""
-    message = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 1] + "…"

@@ -27,7 +27,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from online_dpo.errors import ModelError, nearest
+from online_dpo.errors import ModelError, nearest, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,12 +142,6 @@ def cache_folder() -> Path:
     """Where unpacked models live: `ONLINE_DPO_CACHE`/models, default `~/.cache/online-dpo/models`."""
     root = os.environ.get("ONLINE_DPO_CACHE")
     return (Path(root).expanduser() if root else Path.home() / ".cache" / "online-dpo") / "models"
-
-
-def one_line(error: BaseException) -> str:
-    """The error's type and the first line of its message, at most 160 characters."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
 # --- which of the three it is ---

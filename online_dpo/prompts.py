@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config import PromptsSpec
-from online_dpo.errors import DataError, nearest
-from online_dpo.models import HUB_ID, HUB_TIMEOUT, one_line
+from online_dpo.errors import DataError, nearest, one_line
+from online_dpo.models import HUB_ID, HUB_TIMEOUT
 from online_dpo.types import Message, Prompt
 
 READERS = {

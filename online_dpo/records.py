@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from online_dpo.errors import RunFolderError
+from online_dpo.errors import RunFolderError, one_line
 from online_dpo.types import Abstain, Candidate, Message, Pair, Prompt, Split, Verdict
 
 CANDIDATE_FIELDS: list[tuple[str, pa.DataType]] = [
@@ -72,7 +72,7 @@ def read_rows(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise RunFolderError(f"{path} is missing or damaged: {' '.join(str(error).split())[:200]}") from error
+        raise RunFolderError(f"{path} is missing or damaged: {one_line(error)}") from error
     if table.schema.names != schema.names:
         raise RunFolderError(f"{path} has columns {table.schema.names}, expected {schema.names}")
     rows: list[dict[str, Any]] = table.to_pylist()

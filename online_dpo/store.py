@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from online_dpo.config import Experiment, flatten, validate_experiment
-from online_dpo.errors import RunFolderError
+from online_dpo.errors import RunFolderError, one_line
 from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
 
 FORMAT = 1
@@ -97,7 +97,7 @@ class RunStore:
         try:
             data = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise RunFolderError(f"{file} is missing or damaged: {' '.join(str(error).split())[:200]}") from error
+            raise RunFolderError(f"{file} is missing or damaged: {one_line(error)}") from error
         return validate_experiment(data, str(file))
 
     @contextmanager

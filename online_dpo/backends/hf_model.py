@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from online_dpo.errors import ModelError
+from online_dpo.errors import ModelError, one_line
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -27,8 +27,7 @@ def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = Fal
             path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        first = " ".join(str(error).split())[:300]
-        raise ModelError(f"cannot load a causal language model from {path}: {first}") from error
+        raise ModelError(f"cannot load a causal language model from {path}: {one_line(error, 300)}") from error
     silence_dropout(model)
     return model.eval()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from online_dpo.backends.hf_model import load_causal_lm, silence_dropout, torch_dtype
 from online_dpo.config import LoraSpec
-from online_dpo.errors import ModelError
+from online_dpo.errors import ModelError, one_line
 from online_dpo.logps import collate, sequence_logps, token_logps
 from online_dpo.models import digest_folder, load_tokenizer
 from online_dpo.types import Policy, Probe
@@ -157,9 +157,7 @@ def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
     try:
         wrapped: Any = get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(
-            f"lora.target_modules {lora.target_modules!r}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ModelError(f"lora.target_modules {lora.target_modules!r}: {one_line(error)}") from error
     wrapped.peft_config["default"].base_model_name_or_path = model_name
     silence_dropout(wrapped)
     return wrapped.eval()

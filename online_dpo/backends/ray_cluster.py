@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from online_dpo.config import DPOSpec, EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
-from online_dpo.errors import ConfigError, EngineError, OnlineDPOError, TrainingError
+from online_dpo.errors import ConfigError, EngineError, OnlineDPOError, TrainingError, one_line
 from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
 from online_dpo.types import Candidate, Pair, Policy, Probe, Prompt
 
@@ -262,8 +262,8 @@ def wait(references: Any, kind: type[OnlineDPOError], who: str) -> Any:
         cause = error.cause
         if isinstance(cause, OnlineDPOError):
             raise cause from None
-        raise kind(f"{who} failed: {type(cause).__name__}: {' '.join(str(cause).split())[:400]}") from error
+        raise kind(f"{who} failed: {one_line(cause, 400)}") from error
     except RayActorError as error:
-        raise kind(f"{who}'s process ended: {' '.join(str(error).split())[:300]}") from error
+        raise kind(f"{who}'s process ended: {one_line(error, 300)}") from error
     except RayError as error:
-        raise kind(f"{who}: {' '.join(str(error).split())[:300]}") from error
+        raise kind(f"{who}: {one_line(error, 300)}") from error
