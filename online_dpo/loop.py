@@ -32,6 +32,9 @@ from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, RunStore, StageRecord
 from online_dpo.types import Abstain, Candidate, Policy, Prompt, Verdict
 
+SCORED_AT_ONCE = 32
+"""Answers a call when the learner scores held-out answers: enough to batch well, few enough to show progress."""
+
 
 @dataclass
 class Run:
@@ -233,7 +236,10 @@ def _pair(
 
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
+        arm.run.progress.start(f"{arm.label} · round {folder.index} pair", len(prompts), "prompts")
         result = make_pairs(prompts, candidates, verdicts, pairing, seed)
+        arm.run.progress.advance(len(prompts), f"{result.kept} pairs")
+        arm.run.progress.finish()
         write_pairs(out / "pairs.parquet", result.pairs)
         margin = sum(pair.margin for pair in result.pairs) / result.kept if result.kept else None
         return {"kept": result.kept, "dropped": result.dropped, "margin": margin}
@@ -328,7 +334,7 @@ def _evaluate(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecord:
         answers, figures = _generate(arm, label, arm.run.held_out, seeds, sampling)
         prompts = {prompt.id: prompt for prompt in arm.run.held_out}
         verdicts = judge_all(arm.run.judge(spec), prompts, answers, max_abstain=arm.settings.max_abstain)
-        initial = _initial_logprobs(arm, policy, answers)
+        initial = _initial_logprobs(arm, folder.index, policy, answers)
         rows = [
             HeldOutAnswer(
                 candidate,
@@ -353,13 +359,20 @@ def _evaluate(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecord:
     return folder.stage("evaluate", inputs, ["held_out.parquet"], produce)
 
 
-def _initial_logprobs(arm: Arm, policy: Policy, answers: Sequence[Candidate]) -> Sequence[Sequence[float]]:
+def _initial_logprobs(arm: Arm, index: int, policy: Policy, answers: Sequence[Candidate]) -> Sequence[Sequence[float]]:
     """π₀'s log-probs of the answers: the stored ones where π₀ sampled them, else one pass of the learner."""
     if policy.digest == arm.run.initial.digest:
         return [answer.logprobs for answer in answers]
     arm.run.engine.rest()
     items = list(zip(arm.run.held_out, answers, strict=True))
-    return arm.run.learner.score(arm.run.initial, items)
+    logprobs: list[list[float]] = []
+    arm.run.progress.start(f"{arm.label} · round {index} evaluate, KL", len(items), "answers")
+    for start in range(0, len(items), SCORED_AT_ONCE):
+        scored = arm.run.learner.score(arm.run.initial, items[start : start + SCORED_AT_ONCE])
+        logprobs.extend(scored)
+        arm.run.progress.advance(len(scored))
+    arm.run.progress.finish()
+    return logprobs
 
 
 # --- figures ---

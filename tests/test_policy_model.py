@@ -290,7 +290,7 @@ def test_activation_checkpointing_gives_the_same_gradients(
         model.load(initial, seed=5)
         count: list[int] = []
         layer = next(m for m in model.model.modules() if type(m).__name__ == "LlamaMLP")
-        handle = layer.register_forward_hook(lambda *_, count=count: count.append(1))
+        handle = layer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         model.sums(items[:4]).sum().backward()  # type: ignore[no-untyped-call]
         handle.remove()
         runs.append(len(count))

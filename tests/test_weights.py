@@ -20,9 +20,14 @@ B = torch.tensor([[1.0], [10.0]])
 """Rank 1. B·A = [[5, 7], [50, 70]]."""
 
 
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses two names of one memory."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def write_base(folder: Path, **tensors: Tensor) -> Path:
     folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
+    save_file(separate(tensors), folder / "model.safetensors")
     return folder
 
 
@@ -32,7 +37,7 @@ def write_adapter(folder: Path, module: str = "model.layers.0.q", extra: Any = N
     (folder / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 2, **config}))
     stem = f"base_model.model.{module}"
     tensors = {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B, **(extra or {})}
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(separate(tensors), folder / "adapter_model.safetensors")
     return folder
 
 

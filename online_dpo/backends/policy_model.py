@@ -151,13 +151,12 @@ def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
         lora_dropout=0.0,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
-        # Where the base lies differs from machine to machine; the run's manifest names it by digest.
-        base_model_name_or_path=model_name,
     )
     try:
         wrapped: Any = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora.target_modules {lora.target_modules!r}: {one_line(error)}") from error
+    # Where the base lies differs from machine to machine; the run's manifest names it by digest.
     wrapped.peft_config["default"].base_model_name_or_path = model_name
     silence_dropout(wrapped)
     return wrapped.eval()

@@ -1,0 +1,169 @@
+"""An engine and a learner without a language model, for the loop's own tests.
+
+Both are pure functions of what they are given (digests, tokens, seeds), so that a run that was interrupted can be held
+against one that was not, byte for byte. The learner writes real policy folders. What they were asked to do stands in
+`calls`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from online_dpo.config import DPOSpec, SamplingSpec
+from online_dpo.errors import TrainingError
+from online_dpo.models import digest_folder
+from online_dpo.policies import write_policy
+from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
+from online_dpo.types import Candidate, Message, Pair, Policy, Probe, Prompt
+
+WORDS = ("a", "bird", "sang", "and", "the", "old", "tree", "fell", "in", "Tom's", "garden", "at", "night", "é", "日", "🌳")
+
+
+class Killed(BaseException):
+    """Stands for the process's death: nothing but the test catches it."""
+
+
+def digest_of(*parts: object) -> bytes:
+    """A SHA-256 over `parts`: the only randomness here."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+
+
+def single(value: float) -> float:
+    """The float32 nearest to `value`."""
+    result: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return result
+
+
+def write_weights(folder: Path, *parts: object) -> str:
+    """A model folder whose 8 weights follow from `parts`; returns its digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
+    file = struct.pack("<Q", len(header)) + header + digest_of(*parts)
+    (folder / "model.safetensors").write_bytes(file)
+    (folder / "config.json").write_text('{"model_type": "fake"}', encoding="utf-8")
+    return digest_folder(folder)
+
+
+def fake_policy(folder: Path, policy_id: str, *parts: object) -> Policy:
+    """A policy in `folder`, its `policy.json` written."""
+    digest = write_weights(folder, *parts)
+    policy = Policy(policy_id, folder, digest, probe=Probe((1, 2), logprobs_of(digest, (2,))))
+    write_policy(policy)
+    return policy
+
+
+def fake_prompt(prompt_id: str) -> Prompt:
+    """A prompt whose tokens follow from its id."""
+    tokens = tuple(digest_of(prompt_id)[:4])
+    return Prompt(prompt_id, (Message("user", f"Tell of {prompt_id}."),), tokens)
+
+
+def logprobs_of(policy_digest: str, tokens: Sequence[int]) -> tuple[float, ...]:
+    """Log-probs in [−4, 0), float32, of `tokens` under a policy."""
+    return tuple(
+        single(-4 * (digest_of(policy_digest, place, token)[0] + 1) / 256) for place, token in enumerate(tokens)
+    )
+
+
+class FakeEngine:
+    """`protocols.Engine`: an answer follows from the policy's digest, the prompt and the candidate's seed."""
+
+    kind = "fake"
+
+    def __init__(self, calls: list[tuple[Any, ...]], answer: Callable[[Prompt, int], str] | None = None) -> None:
+        self.calls = calls
+        self.answer = answer
+        self.policy: Policy | None = None
+
+    def load(self, policy: Policy) -> float:
+        self.calls.append(("load", policy.digest))
+        self.policy = policy
+        return 0.0
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
+        self.calls.append(("sample", [(r.prompt.id, r.seeds) for r in requests]))
+        for request in reversed(requests):  # any order of prompts is allowed
+            yield [self._candidate(request.prompt, i, seed) for i, seed in enumerate(request.seeds)]
+
+    def _candidate(self, prompt: Prompt, index: int, seed: int) -> Candidate:
+        assert self.policy is not None
+        drawn = digest_of(self.policy.digest, prompt.id, seed)
+        tokens = tuple(value % len(WORDS) for value in drawn[1 : 2 + drawn[0] % 8])
+        text = self.answer(prompt, index) if self.answer else " ".join(WORDS[token] for token in tokens)
+        logprobs = logprobs_of(self.policy.digest, tokens)
+        return Candidate(prompt.id, index, text, tokens, logprobs, "stop" if drawn[0] % 2 else "length", seed)
+
+    def rest(self) -> None:
+        self.calls.append(("engine rest",))
+
+
+class FakeLearner:
+    """`protocols.Learner`: the new weights follow from everything that training is given."""
+
+    def __init__(self, calls: list[tuple[Any, ...]], stop: Callable[[str], bool] = lambda policy_id: False) -> None:
+        self.calls = calls
+        self.stop = stop
+        """Policies (by id) whose training meets a non-finite loss."""
+
+    def train(
+        self,
+        policy: Policy,
+        reference: Policy,
+        source: Policy,
+        pairs: Sequence[Pair],
+        dpo: DPOSpec,
+        *,
+        policy_id: str,
+        out: Path,
+        seed: int,
+    ) -> Iterator[TrainStart | TrainStep | Policy]:
+        self.calls.append(("train", policy_id, policy.digest, reference.digest, source.digest, list(pairs), seed))
+        yield TrainStart("engine" if reference.digest == source.digest else "learner", 1e-6, 2e-6)
+        steps = -(-len(pairs) // dpo.batch_size)
+        for number in range(1, steps + 1):
+            if self.stop(policy_id) and number == steps:
+                raise TrainingError("loss nan")
+            yield TrainStep(
+                step=number, steps=steps, loss=0.7 - 0.1 * number, margin=0.1 * number, accuracy=0.5, grad_norm=number,
+                lr=dpo.lr, r_w=-0.1 * number, r_l=-0.2 * number, tokens=10 * number, seconds=0.5,
+            )  # fmt: skip
+        tokens = [(pair.prompt.id, pair.chosen.token_ids, pair.rejected.token_ids) for pair in pairs]
+        # Its digest must not depend on the name: two arms with the same inputs train the same policy.
+        yield fake_policy(out, policy_id, policy.digest, reference.digest, source.digest, tokens, dpo, seed)
+
+    def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
+        self.calls.append(("score", policy.digest, [candidate.prompt_id for _, candidate in items]))
+        return [list(logprobs_of(policy.digest, candidate.token_ids)) for _, candidate in items]
+
+    def probe(self, policy: Policy, token_ids: Sequence[int]) -> Probe:
+        return Probe(tuple(token_ids), logprobs_of(policy.digest, token_ids[1:]))
+
+    def rest(self) -> None:
+        self.calls.append(("learner rest",))
+
+
+class Spoken:
+    """`protocols.Progress` that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.stages: list[tuple[str, int]] = []
+        self.done = 0
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        self.stages.append((label, total))
+        self.done = 0
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.done += amount
+
+    def finish(self) -> None:
+        assert self.done == self.stages[-1][1], f"{self.stages[-1]} ended at {self.done}"
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
