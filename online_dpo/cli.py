@@ -101,7 +101,7 @@ def show(folder: RunFolder, debug: Debug = False) -> None:
 
 def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
     """Run what is left, print the tables, and exit with 1 when training stopped an arm."""
-    from online_dpo.display import make_console, make_progress
+    from online_dpo.display import clean, make_console, make_progress
     from online_dpo.runs import execute, finished
 
     console = make_console()
@@ -119,7 +119,7 @@ def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
         raise typer.Exit(130) from None
     _print_tables(store, store.experiment, console)
     for arm, reason in stopped.items():
-        console.print(f"{arm} stopped early: {reason}", markup=False, soft_wrap=True)
+        console.print(clean(f"{arm} stopped early: {reason}"), markup=False, soft_wrap=True)
     if stopped:
         raise typer.Exit(1)
 

@@ -107,10 +107,10 @@ def run_arm(arm: Arm) -> None:
         start.close(_measure_initial(arm, start))
     for index in range(1, arm.settings.rounds + 1):
         folder = arm.folder(index)
-        if folder.closed:
-            continue
-        prompts = prompts_for_round(arm.run.train_prompts, arm.seed, index, arm.run.experiment.prompts.per_round)
-        run_round(arm, folder, pin(folder, arm.policies, arm.settings, prompts))
+        if not folder.closed:
+            prompts = prompts_for_round(arm.run.train_prompts, arm.seed, index, arm.run.experiment.prompts.per_round)
+            run_round(arm, folder, pin(folder, arm.policies, arm.settings, prompts))
+        # Closed rounds too: the process may have been killed after closing one and before this.
         _discard(arm, index)
 
 
@@ -402,6 +402,7 @@ def _measure_initial(arm: Arm, folder: RoundFolder) -> Mapping[str, Any]:
 def _held_out_figures(arm: Arm, folder: RoundFolder) -> dict[str, Any]:
     """The round's held-out figures; comparisons are with round 0 of the same arm and seed."""
     current = read_held_out(folder.path / "held_out.parquet")
+    arm.folder(0).trust("evaluate")
     initial = read_held_out(arm.folder(0).path / "held_out.parquet")
     figures = summarise_held_out(
         [answer.candidate for answer in current],
@@ -439,7 +440,7 @@ def _discard(arm: Arm, index: int) -> None:
         kept |= {_best_round(arm, index)}
     for past in range(1, index + 1):
         folder = arm.folder(past)
-        if past not in kept and not folder.pruned("policy"):
+        if past not in kept and (folder.path / "policy").exists():
             folder.prune("policy")
 
 

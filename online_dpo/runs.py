@@ -36,6 +36,8 @@ class Resolved:
     folder: Path
     model: ResolvedModel
     prompts: PromptSet
+    judges: dict[str, str]
+    """What `check_judges` returns."""
 
     @property
     def root(self) -> Path:
@@ -56,20 +58,26 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     )
     tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
     prompts = load_prompts(experiment.prompts, tokenizer, folders=[folder])
-    check_judges(experiment, folder)
-    return Resolved(experiment, folder, model, prompts)
+    return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder))
 
 
-def check_judges(experiment: Experiment, folder: Path) -> None:
-    """Load every judge once, so that a wrong one is known before anything is sampled."""
-    from online_dpo.judging import load_judge
+def check_judges(experiment: Experiment, folder: Path) -> dict[str, str]:
+    """Load every judge once, so that a wrong one is known before anything is sampled.
+
+    Returns arm -> digest of its two judges (the round's and the held-out one) with their source files.
+    """
+    from online_dpo.judging import judge_digest, load_judge
 
     seen: list[JudgeSpec] = []
+    digests = {}
     for name in experiment.arms:
-        for spec in (experiment.arm(name).judge, experiment.evaluation_judge(name)):
+        specs = (experiment.arm(name).judge, experiment.evaluation_judge(name))
+        for spec in specs:
             if spec not in seen:
                 load_judge(spec, [folder])
                 seen.append(spec)
+        digests[name] = digest_json([judge_digest(spec, [folder]) for spec in specs])
+    return digests
 
 
 def open_or_create(resolved: Resolved) -> RunStore:
@@ -79,7 +87,10 @@ def open_or_create(resolved: Resolved) -> RunStore:
     """
     root = resolved.root
     if not RunStore.exists(root):
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"the run folder {root} cannot be made: {error}") from error
         write_prompts(
             root / "prompts.parquet", {"train": resolved.prompts.train, "held_out": resolved.prompts.held_out}
         )
@@ -91,14 +102,14 @@ def open_or_create(resolved: Resolved) -> RunStore:
             f"{root} holds a run of another experiment; it differs in {', '.join(changed)}; "
             "choose another name (--set name=...) or restore the experiment"
         )
-    check_unchanged(store, resolved.model, resolved.prompts)
+    check_unchanged(store, resolved.model, resolved.judges, resolved.prompts)
     return store
 
 
 def reopen(root: Path) -> tuple[RunStore, ResolvedModel]:
     """The run in folder `root` and its model, for resuming; its prompts are in the folder itself.
 
-    Raises `RunFolderError` when there is no run or its model is another one now.
+    Raises `RunFolderError` when there is no run, or its model or a judge is another one now.
     """
     store = RunStore.open(root)
     experiment = store.experiment
@@ -109,14 +120,21 @@ def reopen(root: Path) -> tuple[RunStore, ResolvedModel]:
         folders=[folder],
         trust_remote_code=experiment.trust_remote_code,
     )
-    check_unchanged(store, model)
-    check_judges(experiment, folder)
+    check_unchanged(store, model, check_judges(experiment, folder))
     return store, model
 
 
-def check_unchanged(store: RunStore, model: ResolvedModel, prompts: PromptSet | None = None) -> None:
-    """Raise `RunFolderError` when the model's or the prompts' files are not those that the run began with."""
+def check_unchanged(
+    store: RunStore, model: ResolvedModel, judges: dict[str, str], prompts: PromptSet | None = None
+) -> None:
+    """Raise `RunFolderError` when the model's, a judge's or the prompts' files are not those the run began with."""
     manifest = store.manifest
+    for arm, judge in judges.items():
+        if judge != manifest.get("judges", {}).get(arm):
+            raise RunFolderError(
+                f"{store.root}: the source of arm {arm}'s judge was changed after the run began: rounds that two "
+                "judges scored cannot be compared; restore it, or start a run under another name"
+            )
     if model.digest != manifest["model"]["digest"]:
         raise RunFolderError(f"{store.root}: the model {model.name} at {model.path} is not the one the run began with")
     if prompts is not None and _prompt_digest(prompts.train, prompts.held_out) != manifest["prompts"]["digest"]:
@@ -216,6 +234,7 @@ def _manifest(resolved: Resolved) -> dict[str, Any]:
         "online_dpo": online_dpo.__version__,
         "python": platform.python_version(),
         "packages": _versions(),
+        "judges": resolved.judges,
         "folder": str(resolved.folder.resolve()),
         "model": {
             "name": resolved.model.name,

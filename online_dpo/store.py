@@ -55,6 +55,8 @@ class RunStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.trusted: set[tuple[Path, str]] = set()
+        """Stages (round folder, name) that this process did itself or held against their records."""
         self._index: dict[str, Path] = {}
         for record in sorted(root.glob("arms/*/seed_*/round_*/stages/*.json")):
             found = _read_record(record)
@@ -183,6 +185,7 @@ class RoundFolder:
         if record is None:
             record = self._reuse(name, inputs, outputs) or self._produce(name, inputs, outputs, produce)
             self.run.remember(record, self.path)
+            self.run.trusted.add((self.path, name))
             return record
         if record.inputs != dict(inputs):
             changed = [k for k in inputs if record.inputs.get(k) != inputs[k]] or sorted(record.inputs)
@@ -198,10 +201,20 @@ class RoundFolder:
                 continue
             if not path.exists() or digest(path) != expected:
                 state = "was changed" if path.exists() else "is missing"
+                files = [f"stages/{record.stage}.json", *(["metrics.json"] if self.closed else [])]
                 raise RunFolderError(
                     f"{path} {state} after stage '{record.stage}' wrote it (digest differs); restore it, or delete "
-                    f"{self.path / 'stages' / (record.stage + '.json')} to do the stage again"
+                    f"{' and '.join(files)} in {self.path} to do the stage again"
                 )
+        self.run.trusted.add((self.path, record.stage))
+
+    def trust(self, stage: str) -> None:
+        """Verify a finished stage of a closed round before its files are used again, once in a process."""
+        if (self.path, stage) not in self.run.trusted:
+            record = self.done(stage)
+            if record is None:
+                raise RunFolderError(f"{self.path}: stage '{stage}' has no record in stages/{stage}.json")
+            self.verify(record)
 
     def prune(self, output: str) -> None:
         """Give up a stage's output for good (a policy that the experiment does not keep)."""
@@ -247,6 +260,7 @@ class RoundFolder:
         aside.mkdir(parents=True)
         for output in outputs:
             link_tree(folder / output, aside / output)
+        sync_tree(aside)
         self._place(aside, outputs)
         seconds = round(time.perf_counter() - began, 3)
         mine = StageRecord(name, record.inputs, record.outputs, record.info, seconds, self.run.relative(folder))
@@ -275,7 +289,9 @@ def changed_keys(old: Experiment, new: Experiment) -> list[str]:
     """Dotted keys in which two experiments differ, but for those that may change."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     keys = [*before, *(key for key in after if key not in before)]
-    return [k for k in keys if before.get(k) != after.get(k) and k not in MAY_CHANGE]
+    # An absent key is no null: an arm may be added with no settings of its own.
+    absent = object()
+    return [k for k in keys if before.get(k, absent) != after.get(k, absent) and k not in MAY_CHANGE]
 
 
 def _key(stage: str, inputs: Mapping[str, str]) -> str:

@@ -21,11 +21,24 @@ from online_dpo.policies import write_policy
 from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
 from online_dpo.types import Candidate, Message, Pair, Policy, Probe, Prompt
 
-WORDS = ("a", "bird", "sang", "and", "the", "old", "tree", "fell", "in", "Tom's", "garden", "at", "night", "é", "日", "🌳")
-
-
-class Killed(BaseException):
-    """Stands for the process's death: nothing but the test catches it."""
+WORDS = (
+    "a",
+    "bird",
+    "sang",
+    "and",
+    "the",
+    "old",
+    "tree",
+    "fell",
+    "in",
+    "Tom's",
+    "garden",
+    "at",
+    "night",
+    "é",
+    "日",
+    "🌳",
+)
 
 
 def digest_of(*parts: object) -> bytes:
@@ -75,9 +88,8 @@ class FakeEngine:
 
     kind = "fake"
 
-    def __init__(self, calls: list[tuple[Any, ...]], answer: Callable[[Prompt, int], str] | None = None) -> None:
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
         self.calls = calls
-        self.answer = answer
         self.policy: Policy | None = None
 
     def load(self, policy: Policy) -> float:
@@ -88,13 +100,13 @@ class FakeEngine:
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
         self.calls.append(("sample", [(r.prompt.id, r.seeds) for r in requests]))
         for request in reversed(requests):  # any order of prompts is allowed
-            yield [self._candidate(request.prompt, i, seed) for i, seed in enumerate(request.seeds)]
+            yield [self.candidate(request.prompt, i, seed) for i, seed in enumerate(request.seeds)]
 
-    def _candidate(self, prompt: Prompt, index: int, seed: int) -> Candidate:
+    def candidate(self, prompt: Prompt, index: int, seed: int) -> Candidate:
         assert self.policy is not None
         drawn = digest_of(self.policy.digest, prompt.id, seed)
         tokens = tuple(value % len(WORDS) for value in drawn[1 : 2 + drawn[0] % 8])
-        text = self.answer(prompt, index) if self.answer else " ".join(WORDS[token] for token in tokens)
+        text = " ".join(WORDS[token] for token in tokens)
         logprobs = logprobs_of(self.policy.digest, tokens)
         return Candidate(prompt.id, index, text, tokens, logprobs, "stop" if drawn[0] % 2 else "length", seed)
 

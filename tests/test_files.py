@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from online_dpo import files
 from online_dpo.files import digest, digest_json, link_tree, remove, sync_tree, write_json, write_text
 
 
@@ -35,7 +34,7 @@ def test_a_death_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         if step == "fsync":
-            patch.setattr(files.os, "fsync", die)
+            patch.setattr(os, "fsync", die)
         else:
             patch.setattr(Path, "replace", die)
         with pytest.raises(Dies):
@@ -61,7 +60,7 @@ def test_the_file_is_synced_before_its_rename_and_the_folder_after(
         order.append("rename")
         return real_replace(self, target)
 
-    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     write_text(tmp_path / "a", "text")
     assert order == ["file", "rename", "folder"]
@@ -84,7 +83,7 @@ def test_sync_tree_syncs_every_file_and_folder(tmp_path: Path, monkeypatch: pyte
         synced.add(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
         real(handle)
 
-    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     sync_tree(tmp_path / "tree")
     assert synced == {"tree", "tree/a", "tree/sub", "tree/sub/b", "tree/.hidden"}
 
@@ -176,7 +175,7 @@ def test_link_tree_copies_where_links_cannot_be_made(tmp_path: Path, monkeypatch
     def refuse(*_: Any) -> None:
         raise PermissionError("no links here")
 
-    monkeypatch.setattr(files.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     first = tree(tmp_path / "first", {"a": b"1", "sub/b": b"2"})
     link_tree(first, tmp_path / "second")
     assert digest(tmp_path / "second") == digest(first)

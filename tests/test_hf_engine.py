@@ -62,10 +62,10 @@ def test_answer_depends_on_its_own_seed_alone(initial: Policy, prompts: list[Pro
 
 
 def test_other_seeds_give_other_answers(initial: Policy, prompts: list[Prompt]) -> None:
-    """Of 20 seeds for one prompt, 16 tokens each, no two alike; and a seed used twice gives one answer twice."""
+    """Of 20 seeds for one prompt, 40 tokens each, no two alike; and a seed used twice gives one answer twice."""
     engine = engine_of(initial)
     seeds = (*range(20), 7)
-    [group] = engine.sample([SampleRequest(prompts[0], seeds)], SamplingSpec(n=21, max_tokens=16))
+    [group] = engine.sample([SampleRequest(prompts[0], seeds)], SamplingSpec(n=21, max_tokens=40))
     answers = [candidate.token_ids for candidate in group]
     assert len(set(answers)) == 20
     assert answers[20] == answers[7]
@@ -242,9 +242,7 @@ def test_greedy_is_transformers_greedy(
 
 
 @pytest.mark.parametrize("lora", [None, LoraSpec(rank=4, alpha=8.0)], ids=["full", "lora"])
-def test_loading_another_policy(
-    initial: Policy, moved: Moved, prompts: list[Prompt], lora: LoraSpec | None
-) -> None:
+def test_loading_another_policy(initial: Policy, moved: Moved, prompts: list[Prompt], lora: LoraSpec | None) -> None:
     """In place: other answers, log-probs of the new weights, and back again to the very same answers."""
     sampling = SamplingSpec(n=1, max_tokens=16)
     requests = requests_for(prompts, n=1)

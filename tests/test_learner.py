@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +109,14 @@ def test_micro_batch_size_changes_nothing(
 ) -> None:
     """Micro-batches of 1, 2, 4 and more than the batch, on batches of 4 and of 2 pairs: the same four steps.
 
-    Adam divides a gradient by its own size, so that rounding of a gradient near zero may move a weight by as much
-    as the rate (1e-3): the bound is 1 % of what four steps move, and the logged figures agree to 1e-4.
+    They end apart by less than 0.2 % of the way they went (0.04 % measured; another order of the pairs: above 10 %),
+    and what the steps report agrees.
     """
     results = {}
     for size in (1, 2, 4, 64):
         learner = learner_of(initial, lora=lora)
         dpo = DPO.model_copy(update={"micro_batch_size": size})
+        learner.model.load(initial, seed=0)
         before = weights_of(learner)
         _, steps, _ = train(learner, pairs, tmp_path / str(size), dpo)
         results[size] = weights_of(learner), steps, before
@@ -125,7 +125,7 @@ def test_micro_batch_size_changes_nothing(
     assert len(reference_steps) == 4
     for size in (2, 4, 64):
         found, steps, _ = results[size]
-        assert farthest(found, reference) < 3e-5
+        assert apart(found, reference, before) < 2e-3
         for step, expected in zip(steps, reference_steps, strict=True):
             assert step.loss == pytest.approx(expected.loss, abs=1e-5)
             assert step.margin == pytest.approx(expected.margin, abs=1e-4)
@@ -153,7 +153,8 @@ def test_gradient_is_that_of_the_mean_over_pairs(
     assert losses.std() > 0.05
     losses.mean().backward()  # type: ignore[no-untyped-call]
     expected = [p.grad for p in model.parameters()]
-    found = [p.grad for p in learner.model.trainable]
+    found = [p.grad for p in learner.model.trainable if p.grad is not None]
+    assert len(found) == len(expected)
     scale = max(float(g.abs().max()) for g in expected)
     assert farthest(found, expected) < 1e-4 * scale
     assert step.loss == pytest.approx(losses.mean().item(), abs=1e-5)
@@ -162,26 +163,36 @@ def test_gradient_is_that_of_the_mean_over_pairs(
 
 
 def test_what_a_step_reports(initial: Policy, pairs: list[Pair], moved: Moved, tmp_path: Path) -> None:
-    """Means over the six pairs by `score`, before the update: r = log π − log π_ref, margin β(r_w − r_l)."""
+    """Means over six pairs by `score`, before the update: r = log π − log π_ref, margin β(r_w − r_l).
+
+    Pairs are turned round so that the policy prefers the chosen answer of the first two alone: accuracy 2/6.
+    """
     reference = moved()
     learner = learner_of(initial)
-    chosen = [(p.prompt, p.chosen) for p in pairs]
-    rejected = [(p.prompt, p.rejected) for p in pairs]
-    r_w, r_l = (
-        [
-            sum(own) - sum(base)
-            for own, base in zip(learner.score(initial, side), learner.score(reference, side), strict=True)
-        ]
-        for side in (chosen, rejected)
-    )
-    _, [step], _ = train(learner, pairs, tmp_path / "next", ONE_STEP, reference=reference)
-    margins = [0.1 * (w - l) for w, l in zip(r_w, r_l, strict=True)]
+
+    def log_ratio(pair: Pair, answer: Candidate) -> float:
+        item = [(pair.prompt, answer)]
+        return sum(learner.score(initial, item)[0]) - sum(learner.score(reference, item)[0])
+
+    turned, r_w, r_l = [], [], []
+    for number, pair in enumerate(pairs):
+
+        def preference(answer: Candidate, pair: Pair = pair) -> float:
+            return -log_ratio(pair, answer)
+
+        better, worse = sorted((pair.chosen, pair.rejected), key=preference)
+        chosen, rejected = (better, worse) if number < 2 else (worse, better)
+        turned.append(replace(pair, chosen=chosen, rejected=rejected))
+        r_w.append(log_ratio(pair, chosen))
+        r_l.append(log_ratio(pair, rejected))
+    margins = [0.1 * (r - s) for r, s in zip(r_w, r_l, strict=True)]
+    assert min(abs(margin) for margin in margins) > 1e-3
+
+    _, [step], _ = train(learner, turned, tmp_path / "next", ONE_STEP, reference=reference)
     assert step.r_w == pytest.approx(sum(r_w) / 6, abs=1e-4)
     assert step.r_l == pytest.approx(sum(r_l) / 6, abs=1e-4)
     assert step.margin == pytest.approx(sum(margins) / 6, abs=1e-5)
-    wins = sum(margin > 0 for margin in margins)
-    assert 0 < wins < 6
-    assert step.accuracy == pytest.approx(wins / 6)
+    assert step.accuracy == pytest.approx(2 / 6)
     assert step.loss == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 6, abs=1e-5)
     tokens = sum(2 * len(p.prompt.token_ids) + len(p.chosen.token_ids) + len(p.rejected.token_ids) for p in pairs)
     assert step.tokens == tokens
@@ -247,9 +258,7 @@ def test_batches_by_hand(initial: Policy) -> None:
     assert batch_order(6, DPO, seed=1) != batches
 
 
-def test_dropout_of_a_model_is_off_in_training(
-    tiny_model: Callable[[str, Path], Path], tmp_path: Path
-) -> None:
+def test_dropout_of_a_model_is_off_in_training(tiny_model: Callable[[str, Path], Path], tmp_path: Path) -> None:
     """GPT-2 with dropout 0.1, kept in training mode by activation checkpointing: the first step's margin is 0 up to
     rounding, because both passes see the same network."""
     from online_dpo.backends.hf_engine import TransformersEngine
@@ -264,7 +273,8 @@ def test_dropout_of_a_model_is_off_in_training(
     prompt = Prompt("p", (), (1, 40, 41))
     engine = TransformersEngine(initial, EngineSpec())
     [answers] = engine.sample([SampleRequest(prompt, (0, 1))], SamplingSpec(n=2, max_tokens=12))
-    pair = Pair(prompt, *answers, chosen_score=1.0, rejected_score=0.0)
+    chosen, rejected = answers
+    pair = Pair(prompt, chosen, rejected, chosen_score=1.0, rejected_score=0.0)
     learner = learner_of(initial, activation_checkpointing=True)
     start, [step], _ = train(learner, [pair], tmp_path / "next", ONE_STEP)
     assert start.reference_from == "engine"
@@ -275,9 +285,7 @@ def test_dropout_of_a_model_is_off_in_training(
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_first_step_of_a_fresh_round(
-    initial: Policy, pairs: list[Pair], tmp_path: Path, lora: LoraSpec | None
-) -> None:
+def test_first_step_of_a_fresh_round(initial: Policy, pairs: list[Pair], tmp_path: Path, lora: LoraSpec | None) -> None:
     """The engine's own log-probs serve: loss ln 2, margin 0, within what they differ by from the learner's."""
     start, steps, _ = train(learner_of(initial, lora=lora), pairs, tmp_path / "next")
     assert start.reference_from == "engine"
@@ -298,19 +306,19 @@ def test_gap_is_measured_on_single_tokens_and_on_sums(initial: Policy, pairs: li
 
 
 @pytest.mark.parametrize("by", [0.5, -0.5, float("nan")])
-def test_falsified_log_probs_are_computed_anew(
-    initial: Policy, pairs: list[Pair], tmp_path: Path, by: float
-) -> None:
-    """One answer off by ½ nat a token: beyond the tolerance all references are computed, and the step is right."""
-    changed = [replace(pairs[0], rejected=shifted(pairs[0].rejected, by)), *pairs[1:]]
+def test_falsified_log_probs_are_computed_anew(initial: Policy, pairs: list[Pair], tmp_path: Path, by: float) -> None:
+    """One answer off by ½ nat a token, or undefined: beyond the tolerance all references are computed, and the step
+    is right."""
+    changed = [pairs[0], replace(pairs[1], rejected=shifted(pairs[1].rejected, by)), *pairs[2:]]
     learner = learner_of(initial)
     start, [step], _ = train(learner, changed, tmp_path / "next", ONE_STEP)
     assert start.reference_from == "learner"
-    assert not start.engine_gap_token <= 0.4
+    assert start.engine_gap_token == (math.inf if math.isnan(by) else pytest.approx(0.5, abs=1e-4))
     assert step.margin == pytest.approx(0.0, abs=2e-5)
     honest = learner_of(initial)
+    before = weights_of(honest)
     train(honest, pairs, tmp_path / "honest", ONE_STEP)
-    assert farthest(weights_of(learner), weights_of(honest)) < 3e-5
+    assert apart(weights_of(learner), weights_of(honest), before) < 2e-3
 
 
 def test_tolerance_is_the_experiments(initial: Policy, pairs: list[Pair], tmp_path: Path) -> None:
@@ -437,17 +445,15 @@ def test_abandoned_round_leaves_nothing_behind(initial: Policy, pairs: list[Pair
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_saved_policy_is_whole(
-    initial: Policy, pairs: list[Pair], tmp_path: Path, lora: LoraSpec | None
-) -> None:
+def test_saved_policy_is_whole(initial: Policy, pairs: list[Pair], tmp_path: Path, lora: LoraSpec | None) -> None:
     """Its folder reads back verified, with the probe of the trained weights; another learner scores it the same."""
     learner = learner_of(initial, lora=lora)
-    _, steps, policy = train(learner, pairs, tmp_path / "next")
+    _, _, policy = train(learner, pairs, tmp_path / "next")
     assert (policy.id, policy.path, policy.adapter) == ("next", tmp_path / "next", lora is not None)
     assert read_policy(tmp_path / "next") == policy
     assert policy.probe is not None and initial.probe is not None
     assert policy.probe.token_ids == initial.probe.token_ids
-    assert max(abs(a - b) for a, b in pairwise([policy.probe.logprobs[0], initial.probe.logprobs[0]])) > 1e-6
+    assert policy.probe.logprobs != initial.probe.logprobs
     sides = [(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
     other = learner_of(initial, lora=lora)
     assert other.score(policy, sides) == learner.score(policy, sides)

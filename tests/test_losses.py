@@ -145,9 +145,7 @@ def test_loss_falls_with_the_difference() -> None:
 def test_gradients_are_those_of_finite_differences(epsilon: float) -> None:
     """All four inputs, float64, Δ from −40 to 40."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [
-        (20 * torch.randn(8, generator=generator, dtype=torch.float64) - 30).requires_grad_() for _ in range(4)
-    ]
+    inputs = [(20 * torch.randn(8, generator=generator, dtype=torch.float64) - 30).requires_grad_() for _ in range(4)]
 
     def losses(*four: Tensor) -> Tensor:
         return sigmoid(log_ratios(*four), beta=0.3, label_smoothing=epsilon)

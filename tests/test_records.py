@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from online_dpo.errors import RunFolderError
@@ -34,6 +34,7 @@ from online_dpo.types import Abstain, Candidate, Message, Pair, Prompt, Split, V
 
 T = TypeVar("T")
 
+SLOW_DISK = settings(deadline=None)
 TEXT = st.text(max_size=40)
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
 LOGPROBS = st.lists(st.floats(max_value=0.0, width=32, allow_nan=False), max_size=5).map(tuple)
@@ -68,6 +69,7 @@ def bits(values: tuple[float, ...]) -> bytes:
     return struct.pack(f"<{len(values)}f", *values)
 
 
+@SLOW_DISK
 @given(st.lists(CANDIDATE, max_size=4))
 def test_candidates(candidates: list[Candidate]) -> None:
     found = there_and_back(write_candidates, read_candidates, candidates)
@@ -86,7 +88,10 @@ def test_log_probs_keep_every_bit() -> None:
     assert all(type(token) is int for token in found.token_ids)
 
 
-@given(st.lists(st.builds(Verdict, TEXT, st.integers(0, 99), SCORES) | st.builds(Abstain, TEXT, st.integers(0, 99), TEXT)))
+@SLOW_DISK
+@given(
+    st.lists(st.builds(Verdict, TEXT, st.integers(0, 99), SCORES) | st.builds(Abstain, TEXT, st.integers(0, 99), TEXT))
+)
 def test_verdicts_and_abstentions(verdicts: list[Verdict | Abstain]) -> None:
     found = there_and_back(write_verdicts, read_verdicts, verdicts)
     assert found == verdicts
@@ -98,6 +103,7 @@ def test_a_score_of_zero_is_no_abstention_and_an_empty_reason_still_one() -> Non
     assert there_and_back(write_verdicts, read_verdicts, verdicts) == verdicts
 
 
+@SLOW_DISK
 @given(st.lists(PROMPT, max_size=3), st.lists(PROMPT, max_size=3))
 def test_prompts(train: list[Prompt], held_out: list[Prompt]) -> None:
     groups: dict[Split, list[Prompt]] = {"train": train, "held_out": held_out}
@@ -105,6 +111,7 @@ def test_prompts(train: list[Prompt], held_out: list[Prompt]) -> None:
     assert found == {"train": tuple(train), "held_out": tuple(held_out)}
 
 
+@SLOW_DISK
 @given(st.lists(st.builds(HeldOutAnswer, CANDIDATE, SCORES | st.none(), TEXT | st.none(), LOGPROBS), max_size=3))
 def test_held_out_answers(answers: list[HeldOutAnswer]) -> None:
     found = there_and_back(write_held_out, read_held_out, answers)
@@ -113,7 +120,7 @@ def test_held_out_answers(answers: list[HeldOutAnswer]) -> None:
 
 
 def test_pairs_keep_the_very_tokens(tmp_path: Path) -> None:
-    """Two answers may read the same and differ in tokens: the pair has those that were sampled, not those of the text."""
+    """Two answers may read the same and differ in tokens: the pair has those that were sampled."""
     prompt = Prompt("p", (Message("system", "Be brief."), Message("user", "Hé\n<|im_end|>")), (5, 6))
     answers = [
         Candidate("p", 0, "ab", (1, 2), (-0.1, -0.2), "length", 7),

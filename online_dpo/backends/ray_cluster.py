@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +175,7 @@ class RayLearner:
             worker.train.options(num_returns="streaming").remote(shared, policy_id, out, seed)
             for worker in self.workers
         ]
-        for reference_0, *others in zip(*streams, strict=True):
-            wait(others, TrainingError, "a learner worker")
-            yield wait(reference_0, TrainingError, "learner worker 0")
+        yield from _in_step(streams)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         """`protocols.Learner.score`."""
@@ -197,10 +197,34 @@ class RayLearner:
         wait([worker.rest.remote() for worker in self.workers], TrainingError, "a learner worker")
 
 
+def _in_step(streams: Sequence[Any]) -> Iterator[Any]:
+    """What worker 0 says, once each worker has said as much.
+
+    Whoever speaks first is heard first: a worker that fails ends the work at once, also while the others wait for it.
+    """
+    while True:
+        said: dict[int, Any] = {}
+        pending = list(streams)
+        while pending:
+            [stream], pending = ray.wait(pending, num_returns=1)
+            worker = streams.index(stream)
+            try:
+                reference = next(stream)
+            except StopIteration:
+                continue
+            said[worker] = wait(reference, TrainingError, f"learner worker {worker}")
+        if not said:
+            return
+        if len(said) < len(streams):
+            raise TrainingError(f"only {len(said)} of {len(streams)} learner workers went on")
+        yield said[0]
+
+
 def start_ray() -> None:
     """A Ray of this process's own, unless one runs already."""
     if ray.is_initialized():
         return
+    on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would otherwise warn of, and in a later version change, how accelerators are hidden from CPU actors.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -211,6 +235,9 @@ def start_ray() -> None:
         logging_level="ERROR",
         object_store_memory=256 * 2**20,
     )
+    # Ray puts a handler of its own on SIGTERM, which ends the process with a trace: ours is put back.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)
 
 
 def cores() -> int:
