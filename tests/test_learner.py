@@ -208,6 +208,17 @@ def test_gradient_is_clipped(initial: Policy, pairs: list[Pair], tmp_path: Path)
     assert norm == pytest.approx(0.01, rel=1e-3)
 
 
+def test_rate_of_the_schedule_reaches_the_weights(initial: Policy, pairs: list[Pair], tmp_path: Path) -> None:
+    """Adam's first step moves a weight by lr·g/(|g| + 1e-8): the farthest by the rate. One step all of warm-up runs
+    at half of it."""
+    for warmup, rate in ((0.0, 1e-3), (1.0, 5e-4)):
+        learner = learner_of(initial)
+        before = weights_of(learner)
+        _, [step], _ = train(learner, pairs, tmp_path / str(warmup), ONE_STEP.model_copy(update={"warmup": warmup}))
+        assert step.lr == rate
+        assert farthest(weights_of(learner), before) == pytest.approx(rate, rel=1e-3)
+
+
 def test_training_prefers_the_chosen(initial: Policy, pairs: list[Pair], tmp_path: Path) -> None:
     """Twelve passes over six pairs: the margin rises from 0 and every pair is told apart."""
     dpo = ONE_STEP.model_copy(update={"epochs": 12, "clip": 1.0})

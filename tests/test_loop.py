@@ -192,6 +192,42 @@ def test_arms_and_seeds_that_differ_share_nothing_that_differs(tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "round_1", "round_2"),
+    [
+        # A stage is shared when its inputs' contents are the same: the fake answers alike at any temperature, so only
+        # the sampling itself is not shared there; with another share of abstentions no verdict changes.
+        ({"source": "initial"}, "sample judge pair train evaluate", ""),
+        ({"reference": "initial"}, "sample judge pair train evaluate", "sample judge pair"),
+        ({"sampling": {"temperature": 0.5}}, "judge pair train evaluate", "judge pair train evaluate"),
+        ({"judge": {"use": "judges.length:LengthJudge", "unit": "words"}}, "sample", ""),
+        ({"max_abstain": 0.5}, "sample pair train", "sample pair train"),
+        ({"pairing": {"rule": "best_vs_random"}}, "sample judge", ""),
+        ({"dpo": {"lr": 1e-5}}, "sample judge pair", ""),
+        ({}, "sample judge pair train evaluate", "sample judge pair train evaluate"),
+    ],
+)
+def test_arms_share_exactly_what_they_have_in_common(
+    tmp_path: Path, change: dict[str, Any], round_1: str, round_2: str
+) -> None:
+    world = World(tmp_path / "run", experiment(arms={"first": {}, "second": change})).go()
+    assert world.metrics()["second", 1]["reused"] == round_1.split()
+    assert world.metrics()["second", 2]["reused"] == round_2.split()
+
+
+def test_neither_rounds_nor_seeds_share_answers_to_the_same_prompt(tmp_path: Path) -> None:
+    """One prompt, always π₀: nothing but the dice tell rounds and seeds apart."""
+    spec = experiment(
+        arms={"a": {"source": "initial"}}, seeds=[0, 1], prompts={"path": "p", "per_round": 1, "held_out": 3}
+    )
+    world = World(tmp_path / "run", spec)
+    world.run.train_prompts = TRAIN[:1]
+    world.go()
+    files = [world.run.store.round("a", seed, index).path / "candidates.parquet" for seed in (0, 1) for index in (1, 2)]
+    assert len({candidate.seed for file in files for candidate in read_candidates(file)}) == 4 * 3
+    assert len({digest(file) for file in files}) == 4
+
+
 def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     world = World(tmp_path / "run", experiment(rounds=5)).go()
     held_out = [prompt.id for prompt in HELD_OUT]
