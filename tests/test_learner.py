@@ -381,20 +381,22 @@ def step_with(loss: float, margin: float) -> TrainStep:
     ("start", "allowed"),
     [
         (TrainStart("engine", 1e-4, 1e-3), 0.02),
-        (TrainStart("engine", 9e-4, 0.04), 0.08),
+        (TrainStart("engine", 9e-4, 0.04), 0.16),
         # Computed by the learner: how far off the engine's were says nothing of them.
         (TrainStart("learner", 5.0, 60.0), 0.02),
         (TrainStart("learner", float("nan"), float("nan")), 0.02),
     ],
 )
 def test_first_step_bound_by_hand(start: TrainStart, allowed: float) -> None:
-    """2·max(gap of the engine's sequences, 10·1e-3) for margin and loss, both ways."""
-    check_first_step(step_with(LN2, 0.0), start, 1e-3)
+    """β·max(4·gap of the engine's sequences, 20·1e-3) for margin and loss, both ways; `allowed` is for β = 1."""
+    beta = 0.1
+    allowed *= beta
+    check_first_step(step_with(LN2, 0.0), start, beta, 1e-3)
     for sign in (1, -1):
-        check_first_step(step_with(LN2 + sign * 0.9 * allowed, sign * 0.9 * allowed), start, 1e-3)
+        check_first_step(step_with(LN2 + sign * 0.9 * allowed, sign * 0.9 * allowed), start, beta, 1e-3)
         for loss, margin in ((LN2, sign * 1.1 * allowed), (LN2 + sign * 1.1 * allowed, 0.0)):
             with pytest.raises(TrainingError, match="not this policy's"):
-                check_first_step(step_with(loss, margin), start, 1e-3)
+                check_first_step(step_with(loss, margin), start, beta, 1e-3)
 
 
 # --- failures ---

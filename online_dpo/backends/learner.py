@@ -75,7 +75,7 @@ class LocalLearner:
         for step in self._steps(pairs, sums, dpo, seed):
             if expect_zero and step.step == 1:
                 # A tolerance of zero asks for computed references; their forward still rounds.
-                check_first_step(step, start, max(self._tolerance(dpo), self._rounding()))
+                check_first_step(step, start, dpo.beta, max(self._tolerance(dpo), self._rounding()))
             yield step
         yield self._save(policy_id, out)
 
@@ -212,14 +212,14 @@ def batch_order(pairs: int, dpo: DPOSpec, seed: int) -> list[list[int]]:
     return batches
 
 
-def check_first_step(step: TrainStep, start: TrainStart, tolerance: float) -> None:
+def check_first_step(step: TrainStep, start: TrainStart, beta: float, tolerance: float) -> None:
     """Policy = reference gives loss ln 2 and margin 0 (Rafailov 2023 eq. 7 at Δ = 0); else log-probs are wrong.
 
-    Where the reference's log-probs are the engine's, the margin may be off by the gap between engine and learner; a
-    micro-batch's other padding moves float32 by less.
+    Where the reference's log-probs are the engine's, Δ may be off by the gap between engine and learner, twice what a
+    few pairs showed on each side; a micro-batch's other padding moves float32 by less. The margin is β·Δ.
     """
     gap = start.engine_gap_sequence if start.reference_from == "engine" else 0.0
-    allowed = 2 * max(gap, 10 * tolerance)
+    allowed = beta * max(4 * gap, 20 * tolerance)
     if abs(step.margin) > allowed or abs(step.loss - LN2) > allowed:
         raise TrainingError(
             f"the first step of a fresh round must have loss ln 2 = {LN2:.4f} and margin 0, found loss "
