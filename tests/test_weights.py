@@ -91,11 +91,17 @@ def test_weights_stored_transposed(tmp_path: Path) -> None:
 
 
 def test_checkpoint_that_leaves_the_outermost_prefix_away(tmp_path: Path) -> None:
-    """GPT-2's own checkpoint says h.1.attn, the model transformer.h.1.attn; h.11.attn is another module."""
+    """GPT-2's own checkpoint says h.1.attn, the model transformer.h.1.attn. Whole names are compared: 1.attn is the
+    end of h.11.attn's letters, and another module."""
     base = write_base(tmp_path / "base", **{"h.1.attn.weight": W, "h.11.attn.weight": W})
     found = merged(base, write_adapter(tmp_path / "adapter", module="transformer.h.1.attn"))
     assert found["h.1.attn.weight"].tolist() == [[11.0, 16.0], [103.0, 144.0]]
     assert torch.equal(found["h.11.attn.weight"], W)
+
+    shorter = write_base(tmp_path / "shorter", **{"1.attn.weight": W, "11.attn.weight": W})
+    found = merged(shorter, write_adapter(tmp_path / "second", module="h.11.attn"))
+    assert found["11.attn.weight"].tolist() == [[11.0, 16.0], [103.0, 144.0]]
+    assert torch.equal(found["1.attn.weight"], W)
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
