@@ -131,7 +131,10 @@ def test_figures_are_there(outcome: Outcome, arm: str) -> None:
         assert metrics["sample"]["tokens"] <= 18 * 24
         assert metrics["sample"]["tokens_per_second"] > 0
         assert metrics["train"]["tokens_per_second"] > 0
-        assert metrics["pairs"]["kept"] == 6
+        # One pair a prompt; a tie or two equal texts leave one out, and say so.
+        pairs = metrics["pairs"]
+        assert pairs["kept"] + sum(pairs["dropped"].values()) == 6
+        assert pairs["kept"] >= 4
         assert set(metrics["seconds"]) == {"sample", "judge", "pair", "train", "evaluate"}
     assert outcome.metrics(arm, 2)["held_out"]["kl_initial"]["mean"] > 0
 
