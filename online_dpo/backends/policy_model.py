@@ -126,9 +126,13 @@ class PolicyModel:
         return result
 
     def probe(self, token_ids: Sequence[int]) -> Probe:
-        """The probe of the weights that are loaded now."""
-        values = self.per_token([(token_ids[:1], token_ids[1:])], batch_size=1)[0]
-        return Probe(tuple(token_ids), tuple(values))
+        """The probe of the weights that are loaded now, in float32 whatever the forward's precision in training.
+
+        It says which weights an engine holds: rounding of the learner's own would only blur that.
+        """
+        with torch.no_grad():
+            values = token_logps(self.model, collate([(token_ids[:1], token_ids[1:])]).to(self.device))
+        return Probe(tuple(token_ids), tuple(values.tolist()))
 
 
 def _make_generation_saveable(model: Any) -> None:

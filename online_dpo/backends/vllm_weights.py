@@ -20,3 +20,20 @@ class WeightLoader:
         """
         tensors = policy_tensors(Path(base), None if adapter is None else Path(adapter))
         self.model_runner.reload_weights(weights_iterator=tensors)
+        refresh_tied_head(self.model_runner.get_model())
+
+
+def refresh_tied_head(model: Any) -> None:
+    """Let an output head that shares the embedding's weights take the new ones.
+
+    A checkpoint with tied weights has no tensor for the head, so vLLM's reload passes it over; on CPU the head works on
+    a packed copy of its weights, which would stay that of the first policy.
+    """
+    head: Any = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    method = getattr(head, "quant_method", None)
+    if not getattr(model.config, "tie_word_embeddings", False) or embedding is None or method is None:
+        return
+    if head is not embedding:
+        head.weight = embedding.weight
+    method.process_weights_after_loading(head)

@@ -1,4 +1,5 @@
-"""The main job in small: real vLLM in a Ray actor, a real Ray learner, SmolLM2-135M-Instruct, LoRA. About 2 minutes."""
+"""The main job in small: real vLLM in a Ray actor, a real Ray learner, SmolLM2-135M-Instruct. Two minutes a way to
+hand over weights."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stories import Outcome, Started, write_experiment
@@ -23,8 +25,22 @@ pytestmark = [
 ]
 
 
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "merged": {"lora": {"rank": 8, "alpha": 16}, "lr": 5.0e-4},
+    "adapter": {"lora": {"rank": 8, "alpha": 16, "serve": "adapter"}, "lr": 5.0e-4},
+    # The output head shares the embedding's weights: a head that kept the old ones would be found out by the probe.
+    "full": {"lora": None, "lr": 5.0e-5},
+}
+"""How weights reach the engine: adapters merged on the way, adapters as such, whole models."""
+
+
+@pytest.fixture(scope="module", params=WEIGHTS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def outcome(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Two rounds on four prompts."""
     folder = tmp_path_factory.mktemp("vllm")
     root = write_experiment(
@@ -33,8 +49,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         "small",
         prompts={"path": str(PROMPTS), "id_column": "id", "per_round": 4, "held_out": 4},
         sampling={"n": 2, "max_tokens": 12},
-        dpo={"lr": 5.0e-4, "batch_size": 2, "micro_batch_size": 2},
-        lora={"rank": 8, "alpha": 16},
+        dpo={"lr": WEIGHTS[kind]["lr"], "batch_size": 2, "micro_batch_size": 2},
+        lora=WEIGHTS[kind]["lora"],
         engine={"kind": "vllm"},
         learner={},
         arms={"on_policy": {}},
@@ -66,13 +82,13 @@ def test_the_engine_held_each_rounds_weights(outcome: Outcome) -> None:
     assert outcome.metrics("on_policy", 2)["source"] == outcome.metrics("on_policy", 1)["policy"]
 
 
-def test_the_weights_really_changed(outcome: Outcome) -> None:
+def test_the_weights_really_changed(kind: str, outcome: Outcome) -> None:
     """The policies differ by more than the gap that is allowed, so the check above could have failed."""
     initial = json.loads((outcome.root / "initial.json").read_text(encoding="utf-8"))
     before, digests = initial["logprobs"], {initial["digest"]}
     for index in (1, 2):
         policy = read_policy(outcome.folder("on_policy", index) / "policy")
-        assert policy.adapter
+        assert policy.adapter == (kind != "full")
         assert policy.probe is not None
         moved = sum(abs(a - b) for a, b in zip(policy.probe.logprobs, before, strict=True)) / len(before)
         assert moved > 2e-3
