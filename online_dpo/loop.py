@@ -148,6 +148,8 @@ def _sample(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
     sampling = arm.settings.sampling
 
     def produce(out: Path) -> dict[str, Any]:
+        # Before the engine takes its memory back, where the two share a GPU.
+        arm.run.learner.rest()
         probe_gap = arm.run.engine.load(pinned.source)
         seeds = [
             tuple(derive_seed(arm.seed, "sample", folder.index, prompt.id, i) for i in range(sampling.n))
@@ -172,7 +174,6 @@ def _generate(
 ) -> tuple[list[Candidate], dict[str, Any]]:
     """Candidates in the prompts' order, and what the sampling took."""
     progress = arm.run.progress
-    arm.run.learner.rest()
     requests = [SampleRequest(prompt, own) for prompt, own in zip(prompts, seeds, strict=True)]
     answers: dict[str, list[Candidate]] = {}
     began = time.perf_counter()
@@ -327,6 +328,7 @@ def _evaluate(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecord:
     sampling = held_out_sampling(experiment, arm.settings)
 
     def produce(out: Path) -> dict[str, Any]:
+        arm.run.learner.rest()
         arm.run.engine.load(policy)
         # The same seeds in every round and arm: differences are the policies', not the dice's.
         seeds = [(derive_seed(arm.seed, "held_out", prompt.id),) for prompt in arm.run.held_out]
