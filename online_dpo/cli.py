@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -14,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import online_dpo
+from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
 from online_dpo.config import Experiment, load_experiment
-from online_dpo.errors import OnlineDPOError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +32,6 @@ ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help=
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key; may be repeated")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed instead; may be repeated")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the trace of an error")]
 
 
 @app.command()
@@ -44,7 +39,7 @@ def run(
     experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, quiet: Quiet = False, debug: Debug = False
 ) -> None:
     """Run an experiment, or go on with it where its run folder exists already."""
-    with _errors(debug):
+    with errors_in_one_line(debug):
         spec = load_experiment(experiment, sets, seeds)
         from online_dpo.runs import open_or_create, resolve
 
@@ -56,7 +51,7 @@ def run(
 @app.command()
 def resume(folder: RunFolder, quiet: Quiet = False, debug: Debug = False) -> None:
     """Go on with a run that was stopped; a finished run only prints its tables."""
-    with _errors(debug):
+    with errors_in_one_line(debug):
         from online_dpo.runs import reopen
 
         store, model = reopen(folder)
@@ -66,7 +61,7 @@ def resume(folder: RunFolder, quiet: Quiet = False, debug: Debug = False) -> Non
 @app.command()
 def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, debug: Debug = False) -> None:
     """Validate an experiment, find its model, prompts and judges, and print the plan. Runs nothing."""
-    with _errors(debug):
+    with errors_in_one_line(debug):
         spec = load_experiment(experiment, sets, seeds)
         from online_dpo.backends.factory import choose_engine
         from online_dpo.display import make_console
@@ -91,7 +86,7 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
 @app.command()
 def show(folder: RunFolder, debug: Debug = False) -> None:
     """Print the tables of a run, finished or not."""
-    with _errors(debug):
+    with errors_in_one_line(debug):
         from online_dpo.display import make_console
         from online_dpo.store import RunStore
 
@@ -139,20 +134,6 @@ def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Turns this project's errors into one line and the error's exit code."""
-    try:
-        yield
-    except OnlineDPOError as error:
-        if debug:
-            raise
-        from online_dpo.display import clean
-
-        print(f"online-dpo: {clean(error)}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
 
 
 def main() -> None:

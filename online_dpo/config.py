@@ -64,11 +64,19 @@ class SamplingSpec(Spec):
     max_tokens: Positive = 64
 
 
+class ActorSpec(Spec):
+    """A Ray actor of the judge's own."""
+
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    threads: Positive | None = Field(default=None, description="CPU threads; default: all cores")
+
+
 class JudgeSpec(Spec):
-    """`use` is "module:Class"; every other key goes to its constructor."""
+    """`use` is "module:Class"; every other key, but for `actor`, goes to its constructor."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     use: str
+    actor: ActorSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +95,19 @@ class JudgeSpec(Spec):
     def params(self) -> dict[str, Any]:
         """The constructor's keyword arguments."""
         return dict(self.model_extra or {})
+
+
+class ComparingSpec(Spec):
+    """How a pairwise judge's comparisons of n candidates become scores."""
+
+    schedule: Literal["all_pairs", "swiss", "knock_out"] = "all_pairs"
+    waves: Positive | None = Field(default=None, description="swiss: default ⌈log₂ n⌉ + 1")
+    rank_by: Literal["bradley_terry", "mean_win"] = Field(
+        default="bradley_terry", description="strengths in log-odds, or the mean probability of winning"
+    )
+    precision: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.1, description="bradley_terry: of the normal prior on strengths"
+    )
 
 
 class PairingSpec(Spec):
@@ -148,6 +169,7 @@ class ArmSettings(Spec):
     sampling: SamplingSpec = SamplingSpec()
     judge: JudgeSpec
     max_abstain: Fraction = Field(default=0.2, description="largest share of abstentions in a round")
+    comparing: ComparingSpec = ComparingSpec()
     pairing: PairingSpec = PairingSpec()
     dpo: DPOSpec = DPOSpec()
 

@@ -7,7 +7,8 @@ Log-probs are natural logarithms, one per completion token, of the model's own d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -56,11 +57,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's finite score of one candidate; higher is better."""
+    """A judge's finite score of one candidate; higher is better. `details`: what the judge says beside it."""
 
     prompt_id: str
     index: int
     score: float
+    details: Mapping[str, float | str | bool | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

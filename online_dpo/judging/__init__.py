@@ -1,0 +1,53 @@
+"""Judges: what they are, how "module:Class" becomes one, and how a round's candidates get their verdicts.
+
+A judge of a user's own imports from here alone: `PointwiseJudge` or `PairwiseJudge`, `Abstention`, `Opinion`.
+"""
+
+from online_dpo.judging.asked import AskedJudge, Asking, Compared
+from online_dpo.judging.cache import Answer, VerdictCache
+from online_dpo.judging.digests import judge_digest
+from online_dpo.judging.importing import import_object
+from online_dpo.judging.interface import (
+    Abstention,
+    BaseJudge,
+    Comparison,
+    Disagreement,
+    Item,
+    Judge,
+    LiveModel,
+    Opinion,
+    PairwiseJudge,
+    PointwiseJudge,
+    Score,
+)
+from online_dpo.judging.kinds import as_judge, judge_name
+from online_dpo.judging.loading import load_judge, open_judge
+from online_dpo.judging.verdicts import abstain_reasons, judge_all, mean_details
+
+__all__ = [
+    "Abstention",
+    "Answer",
+    "AskedJudge",
+    "Asking",
+    "BaseJudge",
+    "Compared",
+    "Comparison",
+    "Disagreement",
+    "Item",
+    "Judge",
+    "LiveModel",
+    "Opinion",
+    "PairwiseJudge",
+    "PointwiseJudge",
+    "Score",
+    "VerdictCache",
+    "abstain_reasons",
+    "as_judge",
+    "import_object",
+    "judge_all",
+    "judge_digest",
+    "judge_name",
+    "load_judge",
+    "mean_details",
+    "open_judge",
+]

@@ -1,0 +1,141 @@
+"""What judges said, on disk: asked once, never again. One SQLite file; memory does not grow with it.
+
+A key is the SHA-256 of (judge digest, prompt's messages, candidates in order): a changed judge, prompt or answer is
+another key. Beside the answers stands the ledger: what each judge has spent, over all processes that shared the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from online_dpo.errors import RunFolderError, one_line
+from online_dpo.judging.interface import Abstention, Opinion
+from online_dpo.types import Candidate, Prompt
+
+Answer: TypeAlias = Opinion | Abstention
+LOOKED_UP_AT_ONCE = 500
+FORMAT = 1
+
+
+def answer_key(judge: str, prompt: Prompt, candidates: Sequence[Candidate]) -> bytes:
+    """The key of what judge `judge` (a digest) says of these candidates, in this order."""
+    hasher = hashlib.sha256()
+    for text in (judge, *(part for message in prompt.messages for part in (message.role, message.content))):
+        _add(hasher, text)
+    for candidate in candidates:
+        hasher.update(b"\x00candidate")
+        _add(hasher, candidate.text)
+        _add(hasher, candidate.finish_reason)
+        hasher.update(",".join(map(str, candidate.token_ids)).encode())
+    return hasher.digest()
+
+
+def _add(hasher: hashlib._Hash, text: str) -> None:
+    data = text.encode("utf-8", "surrogatepass")
+    # The length first: ("ab", "c") and ("a", "bc") are not the same.
+    hasher.update(len(data).to_bytes(8, "big") + data)
+
+
+class VerdictCache:
+    """The file. Use from one thread; any number of processes may share it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make `path`; `RunFolderError` when it cannot be, or is no such file."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.connection = sqlite3.connect(path, timeout=60.0, isolation_level=None)
+            # A killed process loses nothing that was committed; a power cut may lose the last transactions.
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA synchronous=NORMAL")
+            found = self.connection.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, FORMAT):
+                raise RunFolderError(f"{path} has cache format {found}, this version reads format {FORMAT}")
+            with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self.connection.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, said TEXT NOT NULL) WITHOUT ROWID"
+                )
+                self.connection.execute(
+                    "CREATE TABLE IF NOT EXISTS ledger (judge TEXT, item TEXT, amount REAL, PRIMARY KEY (judge, item))"
+                )
+                self.connection.execute(f"PRAGMA user_version={FORMAT}")
+        except (sqlite3.Error, OSError) as error:
+            raise RunFolderError(f"the verdict cache {path} cannot be opened: {one_line(error)}") from error
+
+    def __enter__(self) -> VerdictCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.connection.close()
+
+    def __len__(self) -> int:
+        return int(self.connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, list[Answer]]:
+        """What was said, of those of `keys` that were asked before."""
+        found: dict[bytes, list[Answer]] = {}
+        for start in range(0, len(keys), LOOKED_UP_AT_ONCE):
+            some = keys[start : start + LOOKED_UP_AT_ONCE]
+            marks = ",".join("?" * len(some))
+            rows = self.connection.execute(f"SELECT key, said FROM answers WHERE key IN ({marks})", some)  # noqa: S608
+            for key, said in rows:
+                found[bytes(key)] = _decode(said, self.path)
+        return found
+
+    def keep(self, rows: Iterable[tuple[bytes, Sequence[Answer]]], judge: str, spent: Mapping[str, float]) -> None:
+        """Write answers and what they cost, together or not at all. Passing abstentions are left out."""
+        lasting = [(key, _encode(said)) for key, said in rows if not any(_passing(answer) for answer in said)]
+        if not lasting and not spent:
+            return
+        try:
+            with self.connection:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self.connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", lasting)
+                self.connection.executemany(
+                    "INSERT INTO ledger VALUES (?, ?, ?) "
+                    "ON CONFLICT (judge, item) DO UPDATE SET amount = amount + excluded.amount",
+                    [(judge, item, amount) for item, amount in spent.items()],
+                )
+        except sqlite3.Error as error:
+            raise RunFolderError(f"the verdict cache {self.path} cannot be written: {one_line(error)}") from error
+
+    def spent(self, judge: str | None = None) -> dict[str, float]:
+        """The ledger's totals: of one judge (its digest), or of all."""
+        rows = self.connection.execute(
+            "SELECT item, SUM(amount) FROM ledger WHERE ? IS NULL OR judge = ? GROUP BY item", (judge, judge)
+        )
+        return dict(rows)
+
+
+def _passing(answer: Answer) -> bool:
+    return isinstance(answer, Abstention) and answer.passing
+
+
+def _encode(said: Sequence[Answer]) -> str:
+    rows = [
+        {"abstains": answer.reason}
+        if isinstance(answer, Abstention)
+        else {"value": answer.value, **({"details": dict(answer.details)} if answer.details else {})}
+        for answer in said
+    ]
+    return json.dumps(rows, separators=(",", ":"))
+
+
+def _decode(said: str, path: Path) -> list[Answer]:
+    try:
+        return [
+            Abstention(row["abstains"]) if "abstains" in row else Opinion(row["value"], row.get("details", {}))
+            for row in json.loads(said)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"the verdict cache {path} is damaged: {one_line(error)}") from error
