@@ -54,7 +54,7 @@ def load_prompts(spec: PromptsSpec, tokenizer: Any, *, folders: Sequence[Path] =
     `tokenizer` is a Hugging Face tokenizer. `folders` are searched for a relative path before the current folder.
     Raises `DataError`: no such file, column, split or dataset; a row that is not a prompt; too few prompts.
     """
-    rows = _read(spec, [*folders, Path.cwd()])
+    rows = read_rows(spec, [*folders, Path.cwd()])
     dropped = {"empty": 0, "duplicate": 0, "too_long": 0}
     ids = _collect(spec, rows, dropped)
     prompts = []
@@ -152,7 +152,7 @@ def _collect(spec: PromptsSpec, rows: Any, dropped: dict[str, int]) -> dict[tupl
         if not messages or not messages[-1].content.strip():
             dropped["empty"] += 1
             continue
-        prompt_id = given[number - 1] if given is not None else _message_id(messages)
+        prompt_id = given[number - 1] if given is not None else message_id(messages)
         if spec.system is not None and isinstance(value, str):
             messages = (Message("system", spec.system), *messages)
         if messages in ids:
@@ -199,7 +199,7 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         return (Message("user", value),)
     if not isinstance(value, list):
         raise DataError(f"{where}: text or a list of {{role, content}} is needed, found {type(value).__name__}")
-    messages = tuple(_message(turn, where) for turn in value)
+    messages = tuple(to_message(turn, where) for turn in value)
     if messages and messages[-1].role == "assistant":
         raise DataError(
             f"{where}: ends with an assistant turn: a prompt ends with the user's turn, the policy answers it "
@@ -210,14 +210,14 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
     return messages
 
 
-def _message(turn: Any, where: str) -> Message:
+def to_message(turn: Any, where: str) -> Message:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{where}: every message needs a text `role` and a text `content`, found {turn!r:.80}")
     return Message(role, content)
 
 
-def _message_id(messages: Sequence[Message]) -> str:
+def message_id(messages: Sequence[Message]) -> str:
     """16 hexadecimal digits of the SHA-256 of the row's own messages (without `prompts.system`)."""
     canonical = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -245,12 +245,15 @@ def _rank(salt: str, prompt_id: str) -> tuple[bytes, str]:
 # --- reading ---
 
 
-def _read(spec: PromptsSpec, bases: Sequence[Path]) -> Any:
-    """The `datasets.Dataset` of `spec`: a file, a folder, or a hub dataset."""
+def read_rows(spec: PromptsSpec, bases: Sequence[Path], what: str = "prompts") -> Any:
+    """The `datasets.Dataset` of `spec`: a file, a folder, or a hub dataset. A relative path is searched in `bases`.
+
+    `what` is what the message calls it when there is none. Raises `DataError`.
+    """
     path = Path(spec.path).expanduser()
     found = next((base / path for base in bases if (base / path).exists()), None)
     if found is None and not _looks_like_hub_id(spec.path, bases):
-        raise DataError(f"no prompts at '{spec.path}'{_nearest_file(path, bases)}")
+        raise DataError(f"no {what} at '{spec.path}'{_nearest_file(path, bases)}")
     import datasets  # after the cheap errors: it takes a second
 
     shown = not datasets.are_progress_bars_disabled()
