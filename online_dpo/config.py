@@ -185,6 +185,21 @@ class EvaluationSpec(Spec):
     show: Annotated[int, Field(ge=0)] = Field(default=3, description="answers printed before and after")
 
 
+class BudgetSpec(Spec):
+    """What all judges of a run may spend in sum; the run stops there, and goes on when the budget is raised."""
+
+    cost: Annotated[float, Field(gt=0.0)] | None = Field(default=None, description="in the judge's currency")
+    tokens: Positive | None = None
+    calls: Positive | None = None
+
+
+class AuditSpec(Spec):
+    """What is measured of the judge itself in every round, on a sample of the round's prompts."""
+
+    prompts: Annotated[int, Field(ge=0)] = Field(default=32, description="0: no audit")
+    against: JudgeSpec | None = Field(default=None, description="a second judge, for agreement")
+
+
 class EngineSpec(Spec):
     """What generates. `engine: vllm` is short for `engine: {kind: vllm}`."""
 
@@ -234,6 +249,12 @@ class Experiment(ArmSettings):
     lora: LoraSpec | None = None
     arms: dict[str, dict[str, Any] | None] = Field(default_factory=_one_arm)
     evaluation: EvaluationSpec = EvaluationSpec()
+    audit: AuditSpec = AuditSpec()
+    judge_cache: str | None = Field(default=None, description="default: verdicts.sqlite in the run folder")
+    judge_budget: BudgetSpec = BudgetSpec()
+    judge_timeout: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=600.0, description="seconds one call of a judge may take; null: no limit, and no thread of its own"
+    )
     engine: EngineSpec = EngineSpec()
     learner: LearnerSpec = LearnerSpec()
     keep: Literal["all", "last", "best"] = Field(default="all", description="which policies stay on disk")

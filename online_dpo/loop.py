@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from online_dpo.config import ArmSettings, Experiment, JudgeSpec, SamplingSpec
-from online_dpo.errors import TrainingError
+from online_dpo.config import ArmSettings, ComparingSpec, Experiment, JudgeSpec, SamplingSpec
+from online_dpo.errors import JudgeError, TrainingError
 from online_dpo.files import digest_json
-from online_dpo.judging import Judge, abstain_reasons, judge_all, judge_digest, load_judge
+from online_dpo.judging import (
+    AskedJudge,
+    Asking,
+    LiveModel,
+    Place,
+    VerdictCache,
+    abstain_reasons,
+    asks_policy,
+    judge_all,
+    judge_digest,
+    mean_details,
+    open_judge,
+)
 from online_dpo.measure import summarise_held_out
 from online_dpo.pairing import make_pairs
 from online_dpo.prompts import prompts_for_round
@@ -49,14 +61,32 @@ class Run:
     learner: Learner
     progress: Progress
     judge_folders: tuple[Path, ...] = ()
-    _judges: dict[str, Judge] = field(default_factory=dict)
+    cache: VerdictCache | None = None
+    place_judge: Place | None = None
+    live_model: Callable[[], LiveModel] | None = None
+    """The engine as something to talk to, for judges that ask the policy."""
+    _judges: dict[str, AskedJudge] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
 
-    def judge(self, spec: JudgeSpec) -> Judge:
-        """The judge of `spec`, loaded once a run."""
-        key = digest_json(spec.model_dump(mode="json"))
+    def judge(self, spec: JudgeSpec, comparing: ComparingSpec) -> AskedJudge:
+        """The judge of `spec`, opened once a run."""
+        key = digest_json([spec.model_dump(mode="json"), comparing.model_dump()])
         if key not in self._judges:
-            self._judges[key] = load_judge(spec, self.judge_folders)
+            asking = Asking(
+                cache=self.cache,
+                comparing=comparing,
+                limit_s=self.experiment.judge_timeout,
+                budget=self.experiment.judge_budget.model_dump(exclude_none=True),
+            )
+            self._judges[key] = open_judge(spec, self.judge_folders, asking, self.place_judge)
         return self._judges[key]
+
+    def judge_digest(self, spec: JudgeSpec) -> str:
+        """`judging.judge_digest`, computed once a run: a reward model's weights are part of it."""
+        key = digest_json(spec.model_dump(mode="json"))
+        if key not in self._digests:
+            self._digests[key] = judge_digest(spec, self.judge_folders)
+        return self._digests[key]
 
 
 @dataclass(frozen=True)
@@ -197,13 +227,12 @@ def _generate(
 def _judge(
     arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], sample: StageRecord
 ) -> StageRecord:
-    spec = arm.settings.judge
-
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
+        asked = _ready_judge(arm, pinned.source)
         arm.run.progress.start(f"{arm.label} · round {folder.index} judge", len(candidates), "answers")
         verdicts = judge_all(
-            arm.run.judge(spec),
+            asked,
             prompts,
             candidates,
             max_abstain=arm.settings.max_abstain,
@@ -213,14 +242,40 @@ def _judge(
         write_verdicts(out / "verdicts.parquet", verdicts)
         reasons = abstain_reasons(verdicts)
         abstained = sum(reasons.values())
-        return {"verdicts": len(verdicts) - abstained, "abstained": abstained, "reasons": reasons}
+        return {
+            "verdicts": len(verdicts) - abstained,
+            "abstained": abstained,
+            "reasons": reasons,
+            "details": mean_details(verdicts),
+            "ledger": asked.take_ledger(),
+        }
 
     inputs = {
         "candidates": sample.outputs["candidates.parquet"],
-        "judge": judge_digest(spec, arm.run.judge_folders),
+        **_judge_inputs(arm, pinned.source),
         "max_abstain": str(arm.settings.max_abstain),
     }
     return folder.stage("judge", inputs, ["verdicts.parquet"], produce)
+
+
+def _judge_inputs(arm: Arm, source: Policy) -> dict[str, str]:
+    """What decides a verdict, beside the candidates."""
+    spec = arm.settings.judge
+    inputs = {"judge": arm.run.judge_digest(spec), "comparing": digest_json(arm.settings.comparing.model_dump())}
+    return inputs | ({"policy": source.digest} if asks_policy(spec, arm.run.judge_folders) else {})
+
+
+def _ready_judge(arm: Arm, source: Policy) -> AskedJudge:
+    """The arm's judge; the engine holds the round's source policy where the judge asks it."""
+    asked = arm.run.judge(arm.settings.judge, arm.settings.comparing)
+    asked.take_ledger()  # what an earlier stage that failed has spent is not this one's
+    if asked.uses_policy:
+        if arm.run.live_model is None:
+            raise JudgeError(f"judge '{asked.name}' asks the policy, and there is no engine here to ask it by")
+        arm.run.learner.rest()
+        arm.run.engine.load(source)
+        asked.attach(arm.run.live_model(), source.digest)
+    return asked
 
 
 def _pair(
@@ -335,7 +390,8 @@ def _evaluate(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecord:
         label = f"round {folder.index} evaluate"
         answers, figures = _generate(arm, label, arm.run.held_out, seeds, sampling)
         prompts = {prompt.id: prompt for prompt in arm.run.held_out}
-        verdicts = judge_all(arm.run.judge(spec), prompts, answers, max_abstain=arm.settings.max_abstain)
+        asked = arm.run.judge(spec, arm.settings.comparing)
+        verdicts = judge_all(asked, prompts, answers, max_abstain=arm.settings.max_abstain)
         initial = _initial_logprobs(arm, folder.index, policy, answers)
         rows = [
             HeldOutAnswer(
@@ -353,7 +409,7 @@ def _evaluate(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecord:
         "policy": policy.digest,
         "prompts": _prompts_digest(arm.run.held_out),
         "sampling": digest_json(sampling.model_dump()),
-        "judge": judge_digest(spec, arm.run.judge_folders),
+        "judge": arm.run.judge_digest(spec),
         "max_abstain": str(arm.settings.max_abstain),
         "seed": str(arm.seed),
         "engine": arm.run.engine.kind,

@@ -34,6 +34,12 @@ class Engine(Protocol):
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
         """Yield the candidates of one prompt at a time, in any order of prompts."""
 
+    def score(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Per-token log-probs of each (context token ids, continuation token ids) under the policy it holds.
+
+        One value a continuation token, nats. Neither part may be empty.
+        """
+
     def rest(self) -> None:
         """Leave the accelerator to the learner until the next call (nothing to do where they share none)."""
 

@@ -25,7 +25,13 @@ CANDIDATE_FIELDS: list[tuple[str, pa.DataType]] = [
 ]
 CANDIDATES = pa.schema(CANDIDATE_FIELDS)
 VERDICTS = pa.schema(
-    [("prompt_id", pa.string()), ("index", pa.int32()), ("score", pa.float64()), ("abstain_reason", pa.string())]
+    [
+        ("prompt_id", pa.string()),
+        ("index", pa.int32()),
+        ("score", pa.float64()),
+        ("abstain_reason", pa.string()),
+        ("details", pa.string()),
+    ]
 )
 PAIRS = pa.schema(
     [
@@ -96,14 +102,21 @@ def candidate_of(row: Mapping[str, Any]) -> Candidate:
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict | Abstain]) -> None:
-    """One row a candidate; an abstention has a reason and no score."""
+    """One row a candidate; an abstention has a reason and no score. Details are JSON, null where there are none."""
     write_rows(path, VERDICTS, [_verdict_row(verdict) for verdict in verdicts])
 
 
 def _verdict_row(verdict: Verdict | Abstain) -> dict[str, Any]:
     score = verdict.score if isinstance(verdict, Verdict) else None
     reason = verdict.reason if isinstance(verdict, Abstain) else None
-    return {"prompt_id": verdict.prompt_id, "index": verdict.index, "score": score, "abstain_reason": reason}
+    details = json.dumps(dict(verdict.details)) if isinstance(verdict, Verdict) and verdict.details else None
+    return {
+        "prompt_id": verdict.prompt_id,
+        "index": verdict.index,
+        "score": score,
+        "abstain_reason": None if reason is None else reason.encode("utf-8", "replace").decode(),
+        "details": details,
+    }
 
 
 def read_verdicts(path: Path) -> list[Verdict | Abstain]:
@@ -111,7 +124,7 @@ def read_verdicts(path: Path) -> list[Verdict | Abstain]:
     return [
         Abstain(row["prompt_id"], row["index"], row["abstain_reason"])
         if row["score"] is None
-        else Verdict(row["prompt_id"], row["index"], row["score"])
+        else Verdict(row["prompt_id"], row["index"], row["score"], json.loads(row["details"] or "{}"))
         for row in read_rows(path, VERDICTS)
     ]
 

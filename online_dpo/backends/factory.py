@@ -13,16 +13,18 @@ from pathlib import Path
 
 from online_dpo.config import Experiment
 from online_dpo.errors import ConfigError, EngineError
+from online_dpo.judging import Place
 from online_dpo.protocols import Engine, Learner
 from online_dpo.types import Policy
 
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """A live engine and a live learner."""
+    """A live engine and a live learner; and what puts judges into processes of their own."""
 
     engine: Engine
     learner: Learner
+    place_judge: Place
 
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -91,6 +93,7 @@ def start_backends(
     import ray
 
     from online_dpo.backends import ray_cluster as cluster
+    from online_dpo.backends.ray_judges import place_judge
     from online_dpo.backends.vllm_engine import vllm_environment
 
     kind, line = choose_engine(experiment, initial.path)
@@ -113,6 +116,6 @@ def start_backends(
         engine_build = engine_actor.build.remote(kind, settings, experiment.engine, max_model_len)
         cluster.wait(building, EngineError, "a learner worker")
         cluster.wait(engine_build, EngineError, "the engine")
-        yield Backends(cluster.RayEngine(engine_actor, kind), cluster.RayLearner(workers))
+        yield Backends(cluster.RayEngine(engine_actor, kind), cluster.RayLearner(workers), place_judge)
     finally:
         ray.shutdown()

@@ -57,8 +57,7 @@ class TransformersEngine:
         found: list[float] = []
         if policy.probe is not None:
             ids = policy.probe.token_ids
-            with torch.no_grad():
-                found = token_logps(self.model, collate([(ids[:1], ids[1:])]).to(self.device)).tolist()
+            found = self.score([(ids[:1], ids[1:])])[0]
         gap = check_probe(policy, found, str(self.dtype).removeprefix("torch."), self.checked)
         self.checked = policy
         return gap
@@ -74,6 +73,18 @@ class TransformersEngine:
             answers = iter(self._decode(rows, sampling))
             for request in chosen:
                 yield [next(answers) for _ in request.seeds]
+
+    @torch.no_grad()
+    def score(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """See `protocols.Engine.score`. Items of like length are computed together."""
+        order = sorted(range(len(items)), key=lambda i: len(items[i][0]) + len(items[i][1]))
+        rows: dict[int, list[float]] = {}
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            batch = collate([items[i] for i in places])
+            flat = iter(token_logps(self.model, batch.to(self.device)).tolist())
+            rows.update((place, [next(flat) for _ in range(n)]) for place, n in zip(places, batch.lengths, strict=True))
+        return [rows[place] for place in range(len(items))]
 
     @torch.no_grad()
     def _decode(self, rows: Sequence[tuple[SampleRequest, int]], sampling: SamplingSpec) -> list[Candidate]:

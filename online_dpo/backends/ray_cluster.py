@@ -65,6 +65,11 @@ class EngineActor:
         """`protocols.Engine.sample`, streamed."""
         yield from self.engine.sample(requests, sampling)
 
+    def score(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """`protocols.Engine.score`."""
+        rows: list[list[float]] = self.engine.score(items)
+        return rows
+
     def rest(self) -> None:
         """`protocols.Engine.rest`."""
         self.engine.rest()
@@ -145,6 +150,11 @@ class RayEngine:
         stream = self.actor.sample.options(num_returns="streaming").remote(requests, sampling)
         for reference in stream:
             yield wait(reference, EngineError, "the engine")
+
+    def score(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """`protocols.Engine.score`."""
+        rows: list[list[float]] = wait(self.actor.score.remote(items), EngineError, "the engine")
+        return rows
 
     def rest(self) -> None:
         """`protocols.Engine.rest`."""

@@ -121,15 +121,22 @@ class VllmEngine:
         self.lora_request = LoRARequest(f"policy-{number}", number, str(policy.path))
 
     def _score_probe(self, policy: Policy) -> list[float]:
-        from vllm import SamplingParams
-
         if policy.probe is None:
             return []
-        prompt: Any = {"prompt_token_ids": list(policy.probe.token_ids)}
+        return self.score([(policy.probe.token_ids[:1], policy.probe.token_ids[1:])])[0]
+
+    def score(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """See `protocols.Engine.score`: vLLM's log-probs of a prompt's own tokens."""
+        from vllm import SamplingParams
+
+        prompts: list[Any] = [{"prompt_token_ids": [*context, *continuation]} for context, continuation in items]
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        output = self.llm.generate([prompt], params, use_tqdm=False, lora_request=self.lora_request)[0]
-        scored = zip(policy.probe.token_ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
-        return [entry[token].logprob for token, entry in scored if entry is not None]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.lora_request)
+        rows = []
+        for (context, continuation), output in zip(items, outputs, strict=True):
+            entries = (output.prompt_logprobs or [])[len(context) :]
+            rows.append([entry[token].logprob for token, entry in zip(continuation, entries, strict=True) if entry])
+        return rows
 
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
         """See `protocols.Engine.sample`. Candidates are separate requests: each has a seed of its own."""

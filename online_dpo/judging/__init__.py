@@ -21,7 +21,7 @@ from online_dpo.judging.interface import (
     Score,
 )
 from online_dpo.judging.kinds import as_judge, judge_name
-from online_dpo.judging.loading import load_judge, open_judge
+from online_dpo.judging.loading import Place, asks_policy, load_judge, open_judge
 from online_dpo.judging.verdicts import abstain_reasons, judge_all, mean_details
 
 __all__ = [
@@ -38,11 +38,13 @@ __all__ = [
     "LiveModel",
     "Opinion",
     "PairwiseJudge",
+    "Place",
     "PointwiseJudge",
     "Score",
     "VerdictCache",
     "abstain_reasons",
     "as_judge",
+    "asks_policy",
     "import_object",
     "judge_all",
     "judge_digest",

@@ -44,11 +44,16 @@ class LiveModel(Protocol):
 
     def generate(
         self, chats: Sequence[Sequence[Message]], *, max_tokens: int, temperature: float, seeds: Sequence[int]
-    ) -> list[str]:
-        """One answer a chat; `seeds[i]` is chat i's."""
+    ) -> list[str | None]:
+        """One answer a chat; `seeds[i]` is chat i's. None where the chat is too long for the engine."""
 
-    def score(self, chats: Sequence[Sequence[Message]], continuations: Sequence[Sequence[str]]) -> list[list[float]]:
-        """log π(continuation | chat), summed over its tokens (nats): one list a chat, one value a continuation."""
+    def score(
+        self, chats: Sequence[Sequence[Message]], continuations: Sequence[Sequence[str]]
+    ) -> list[list[float] | None]:
+        """log π(continuation | chat), summed over its tokens (nats): one list a chat, one value a continuation.
+
+        None where the chat is too long for the engine.
+        """
 
 
 class BaseJudge:

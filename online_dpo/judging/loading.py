@@ -16,7 +16,7 @@ from online_dpo.judging.importing import import_object
 from online_dpo.judging.interface import Judge
 from online_dpo.judging.kinds import as_judge
 
-Place: TypeAlias = Callable[[JudgeSpec, type], Judge]
+Place: TypeAlias = Callable[[JudgeSpec, Sequence[Path]], Judge]
 """Puts a judge into a process of its own and returns what stands for it here."""
 
 
@@ -50,7 +50,7 @@ def open_judge(
         for key in inner_keys
         if spec.params.get(key) is not None
     }
-    judge = place(spec, kind) if place is not None and alone else _construct(spec, kind, folders, inner)
+    judge = place(spec, folders) if place is not None and alone else _construct(spec, kind, folders, inner)
     digest = judge_digest(spec, folders) if asking is not None else ""
     flat = [one for row in inner.values() for one in row]
     return AskedJudge(judge, spec.use, digest=digest, asking=asking, inner=flat)
@@ -80,6 +80,14 @@ def inner_specs(spec: JudgeSpec, key: str) -> list[JudgeSpec]:
         return [JudgeSpec.model_validate(entry) for entry in entries]
     except ValidationError as error:
         raise JudgeError(f"judge '{spec.use}': {describe(error, JudgeSpec, prefix=f'{key}.')}") from error
+
+
+def asks_policy(spec: JudgeSpec, folders: Sequence[Path]) -> bool:
+    """Whether the judge of `spec`, or one that it is made of, asks the round's source policy (`uses_policy`)."""
+    kind = judge_class(spec, folders)
+    keys = [key for key in getattr(kind, "judge_params", ()) if spec.params.get(key) is not None]
+    inner = [one for key in keys for one in inner_specs(spec, key)]
+    return bool(getattr(kind, "uses_policy", False)) or any(asks_policy(one, folders) for one in inner)
 
 
 def find_file(name: str, folders: Sequence[Path]) -> str:

@@ -1,0 +1,117 @@
+"""Judges in Ray actors of their own: a reward model beside the policy, on its own GPU or share of one."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from online_dpo.backends.ray_cluster import cores, wait
+from online_dpo.config import JudgeSpec
+from online_dpo.errors import ConfigError, JudgeError, one_line
+from online_dpo.judging import Comparison, Item, Judge, PairwiseJudge, PointwiseJudge, Score, load_judge
+from online_dpo.judging.loading import judge_class
+
+
+class JudgeActor:
+    """Holds one judge. Built by `build`, so that a failure keeps its own error."""
+
+    def build(self, spec: JudgeSpec, folders: Sequence[Path]) -> dict[str, Any]:
+        """Construct the judge; returns what the driver must know of it."""
+        import torch
+
+        if not torch.cuda.is_available():
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self.judge: Any = load_judge(spec, folders)
+        judge = self.judge
+        told = {"concurrent": judge.concurrent}
+        if isinstance(judge, PairwiseJudge):
+            return {**told, "batch_comparisons": judge.batch_comparisons, "disagreement": judge.disagreement}
+        return {**told, "batch_prompts": judge.batch_prompts}
+
+    def score_batch(self, items: Sequence[Item]) -> tuple[list[list[Score]], dict[str, float]]:
+        """The judge's scores, and what they cost."""
+        return [list(row) for row in self.judge.score_batch(items)], self.judge.ledger()
+
+    def prefer_batch(self, comparisons: Sequence[Comparison]) -> tuple[list[Score], dict[str, float]]:
+        """The judge's preferences, and what they cost."""
+        return list(self.judge.prefer_batch(comparisons)), self.judge.ledger()
+
+
+class _Remote:
+    """What stands in the driver for the judge in `actor`."""
+
+    def __init__(self, actor: ActorHandle, told: dict[str, Any], use: str) -> None:
+        self.actor = actor
+        self.use = use
+        self.amounts: dict[str, float] = {}
+        self.lock = threading.Lock()
+        for key, value in told.items():
+            setattr(self, key, value)
+
+    def ledger(self) -> dict[str, float]:
+        """See `judging.BaseJudge`."""
+        with self.lock:
+            amounts, self.amounts = self.amounts, {}
+        return amounts
+
+    def _ask(self, reference: Any) -> Any:
+        try:
+            answer, spent = ray.get(reference)
+        except RayTaskError as error:
+            # The judge raised: what was asked abstains, as it does for a judge in this process.
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except RayError as error:
+            raise JudgeError(f"judge '{self.use}': its process ended: {one_line(error)}") from error
+        with self.lock:
+            for item, amount in spent.items():
+                self.amounts[item] = self.amounts.get(item, 0.0) + amount
+        return answer
+
+
+class RemotePointwiseJudge(_Remote, PointwiseJudge):
+    """A `PointwiseJudge` in another process."""
+
+    def score_batch(self, items: Sequence[Item]) -> Sequence[Sequence[Score]]:
+        """See `judging.PointwiseJudge`."""
+        rows: Sequence[Sequence[Score]] = self._ask(self.actor.score_batch.remote(list(items)))
+        return rows
+
+
+class RemotePairwiseJudge(_Remote, PairwiseJudge):
+    """A `PairwiseJudge` in another process."""
+
+    def prefer_batch(self, comparisons: Sequence[Comparison]) -> Sequence[Score]:
+        """See `judging.PairwiseJudge`."""
+        row: Sequence[Score] = self._ask(self.actor.prefer_batch.remote(list(comparisons)))
+        return row
+
+
+def place_judge(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
+    """Start the judge of `spec` in an actor of its own: a `judging.Place`.
+
+    Raises `ConfigError` when it asks for GPUs that are not there, and the judge's own errors.
+    """
+    gpus = spec.actor.gpus if spec.actor is not None else 0.0
+    there = float(ray.cluster_resources().get("GPU", 0))
+    if gpus > there:
+        raise ConfigError(f"judge '{spec.use}': actor.gpus asks for {gpus:g} GPUs, there are {there:g}")
+    threads = (spec.actor.threads if spec.actor is not None else None) or cores()
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    remote = ray.remote(JudgeActor)
+    actor = remote.options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment}).remote()
+    told = wait(actor.build.remote(spec, list(folders)), JudgeError, f"judge '{spec.use}'")
+    remote_kind = RemotePairwiseJudge if "batch_comparisons" in told else RemotePointwiseJudge
+    return _with_flags_of(judge_class(spec, folders), remote_kind)(actor, told, spec.use)
+
+
+def _with_flags_of(kind: type, remote: type[Any]) -> type[Any]:
+    """`remote` with the class attributes by which `kind` tells how it is to be asked."""
+    flags = {key: getattr(kind, key) for key in ("cached", "each_alone", "both_orders") if hasattr(kind, key)}
+    return type(remote.__name__, (remote,), flags)
