@@ -86,12 +86,16 @@ def win_rate(after_scores: ArrayLike, before_scores: ArrayLike, level: float = 0
     n = after.size
     if n == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
-    p = float(np.mean((after > before) + 0.5 * (after == before)))
+    return wilson(float(np.mean((after > before) + 0.5 * (after == before))), n, level)
+
+
+def wilson(p: float, n: float, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share `p` in [0, 1] over `n` > 0 values that are independent, or worth so many."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # At p = 0 and p = 1 the bound is p itself but for rounding.
-    return Interval(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
+    return Interval(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), round(n))
 
 
 # --- divergence and weights ---
