@@ -52,3 +52,17 @@ def sigmoid(r: LogRatios, beta: float, label_smoothing: float = 0.0) -> Tensor:
 def implicit_rewards(r: LogRatios, beta: float) -> tuple[Tensor, Tensor]:
     """β·r_w and β·r_l, each [pairs], detached: the rewards that DPO's policy defines (Rafailov 2023, sec. 4)."""
     return beta * r.r_w.detach(), beta * r.r_l.detach()
+
+
+def bradley_terry(r_w: Tensor, r_l: Tensor, centre: float = 0.0) -> Tensor:
+    """Per-pair loss of a reward model, shape [pairs]: −log σ(r_w − r_l) + λ·(r_w + r_l)².
+
+    Here r_w and r_l are the model's rewards of chosen and rejected answer, shape [pairs]; λ = `centre`. λ = 0:
+    Christiano et al. 2017, eq. 1; Ouyang et al. 2022, "Training language models to follow instructions", eq. 1 (one
+    pair a prompt). The first term leaves a constant of each prompt free; λ > 0 pulls a prompt's two rewards towards
+    zero in sum: Eisenstein et al. 2023, "Helping or Herding?", sec. 2.
+    Raises `ValueError` when the shapes differ or are not one-dimensional.
+    """
+    if r_w.shape != r_l.shape or r_w.dim() != 1:
+        raise ValueError(f"both rewards must have one shape [pairs], found {tuple(r_w.shape)} and {tuple(r_l.shape)}")
+    return -F.logsigmoid(r_w - r_l) + centre * (r_w + r_l).square()

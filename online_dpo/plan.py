@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config import ArmSettings, Experiment, PairingSpec, flatten
-from online_dpo.loop import held_out_sampling
+from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.runs import Resolved
 from online_dpo.types import Prompt
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import online_dpo
+from online_dpo.arms import Run
 from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.errors import ConfigError, RunFolderError
+from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.files import digest_json, write_json
 from online_dpo.judging import VerdictCache
 from online_dpo.live_model import EngineModel
-from online_dpo.loop import Run, held_out_sampling, run_experiment
+from online_dpo.loop import run_experiment
 from online_dpo.models import ResolvedModel, load_tokenizer, resolve_model
 from online_dpo.prompts import PromptSet, load_prompts
 from online_dpo.protocols import Learner, Progress
@@ -251,7 +253,8 @@ def _asks_policy(store: RunStore) -> bool:
 def model_length(experiment: Experiment, prompts: Sequence[Prompt], judging: bool = False) -> int:
     """Tokens that the engine must hold for one sequence: the longest prompt and answer, in whole blocks of 32.
 
-    With `judging` also the longest prompt, two answers and a judge's question around them. Raises `ConfigError` when `engine.max_model_len` is less.
+    With `judging` also the longest prompt, two answers and a judge's question around them.
+    Raises `ConfigError` when `engine.max_model_len` is less.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
     answer = max(

@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 import online_dpo
 from online_dpo.backends import factory
 from online_dpo.cli import app
-from online_dpo.config import SamplingSpec
+from online_dpo.config import JudgeSpec, SamplingSpec
 from online_dpo.errors import ConfigError, EngineError
+from online_dpo.judging import Judge, load_judge
 from online_dpo.protocols import SampleRequest
 from online_dpo.store import RunStore
 from online_dpo.types import Candidate, Prompt
@@ -36,6 +37,11 @@ def kept_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+def here(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
+    """A judge that wants a process of its own gets none in these tests."""
+    return load_judge(spec, folders)
 
 
 class Desk:
@@ -63,7 +69,7 @@ class Desk:
 
     @contextmanager
     def _backends(self, *_: Any, **__: Any) -> Iterator[factory.Backends]:
-        yield factory.Backends(self.engine(self.calls), self.learner(self.calls))
+        yield factory.Backends(self.engine(self.calls), self.learner(self.calls), here)
 
     @property
     def file(self) -> Path:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from fakes import FakeEngine, FakeLearner, Spoken, fake_policy, fake_prompt, logprobs_of
 
-from online_dpo import loop
+from online_dpo import evaluate_stage
+from online_dpo.arms import Run
 from online_dpo.config import Experiment, validate_experiment
 from online_dpo.errors import JudgeError, RunFolderError
+from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.files import digest
-from online_dpo.loop import Run, collect_metrics, held_out_sampling, run_experiment
+from online_dpo.loop import collect_metrics, run_experiment
 from online_dpo.pairing import make_pairs
 from online_dpo.records import read_candidates, read_held_out, read_pairs, read_verdicts
 from online_dpo.seeds import derive_seed
@@ -26,7 +28,7 @@ from online_dpo.types import Candidate, Policy, Prompt
 TRAIN = tuple(fake_prompt(f"train-{i}") for i in range(7))
 HELD_OUT = tuple(fake_prompt(f"held-{i}") for i in range(3))
 TWO_ARMS = {"on_policy": {}, "self_offline": {"source": "initial"}}
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "ledger")
 
 
 class Killed(BaseException):
@@ -400,7 +402,13 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert end["source"] == end["reference"] == {"id": "initial", "digest": world.run.initial.digest}
     assert (end["sample"]["candidates"], end["sample"]["tokens"]) == (6, 6)
     assert end["sample"]["probe_gap"] == 0.0
-    assert end["judge"] == {"verdicts": 6, "abstained": 0, "reasons": {}}
+    assert end["judge"] == {
+        "verdicts": 6,
+        "abstained": 0,
+        "reasons": {},
+        "details": {},
+        "ledger": {"asked": 6, "cached": 0},
+    }
     assert end["pairs"] == {"kept": 2, "dropped": {}, "margin": 2.0}
     train = end["train"]
     assert train["steps"] == 2
@@ -448,7 +456,7 @@ def test_initial_log_probs_are_the_stored_ones_where_it_sampled_and_the_learners
 def test_initial_log_probs_asked_for_in_parts_are_in_the_answers_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SCORED_AT_ONCE", 2)
+    monkeypatch.setattr(evaluate_stage, "SCORED_AT_ONCE", 2)
     world = World(tmp_path / "run", experiment(arms={"a": {}}, rounds=1)).go()
     assert [call[1] for call in world.asked("score")] == [["held-0", "held-1"], ["held-2"]]
     answers = read_held_out(world.folder("a", 1).path / "held_out.parquet")

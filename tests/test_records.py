@@ -186,8 +186,17 @@ def test_a_folder_in_the_files_place(tmp_path: Path) -> None:
 def test_another_files_columns(tmp_path: Path) -> None:
     file = tmp_path / "candidates.parquet"
     write_verdicts(file, [Verdict("p", 0, 1.0)])
-    assert "has columns ['prompt_id', 'index', 'score', 'abstain_reason'], expected ['prompt_id'" in fault(file)
-    assert read_rows(file, VERDICTS) == [{"prompt_id": "p", "index": 0, "score": 1.0, "abstain_reason": None}]
+    found = "has columns ['prompt_id', 'index', 'score', 'abstain_reason', 'details'], expected ['prompt_id'"
+    assert found in fault(file)
+    row = {"prompt_id": "p", "index": 0, "score": 1.0, "abstain_reason": None, "details": None}
+    assert read_rows(file, VERDICTS) == [row]
+
+
+def test_details_come_back_and_a_reason_of_broken_text_can_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "verdicts.parquet"
+    told = Verdict("p", 0, 1.0, {"flipped": True, "raw": 0.25, "why": "é\u2028", "none": None})
+    write_verdicts(file, [told, Abstain("p", 1, "half \ud83d")])
+    assert read_verdicts(file) == [told, Abstain("p", 1, "half ?")]
 
 
 def test_a_wrong_type_is_refused_when_written(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def place_judge(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
     actor = remote.options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment}).remote()
     told = wait(actor.build.remote(spec, list(folders)), JudgeError, f"judge '{spec.use}'")
     remote_kind = RemotePairwiseJudge if "batch_comparisons" in told else RemotePointwiseJudge
-    return _with_flags_of(judge_class(spec, folders), remote_kind)(actor, told, spec.use)
+    judge: Judge = _with_flags_of(judge_class(spec, folders), remote_kind)(actor, told, spec.use)
+    return judge
 
 
 def _with_flags_of(kind: type, remote: type[Any]) -> type[Any]:

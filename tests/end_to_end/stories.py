@@ -18,7 +18,7 @@ import yaml
 
 from online_dpo.files import digest
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "ledger")
 NAMES = ("Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
 THINGS = ("a red ball", "a big dog", "an old tree")
 TINY = {

@@ -1,0 +1,80 @@
+"""What a running experiment is made of: its live parts, and one arm at one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from online_dpo.config import ArmSettings, ComparingSpec, Experiment, JudgeSpec
+from online_dpo.files import digest_json
+from online_dpo.judging import AskedJudge, Asking, LiveModel, Place, VerdictCache, judge_digest, open_judge
+from online_dpo.protocols import Engine, Learner, Progress
+from online_dpo.rounds import ArmPolicies
+from online_dpo.store import RoundFolder, RunStore
+from online_dpo.types import Policy, Prompt
+
+
+@dataclass
+class Run:
+    """One run's live parts: what every arm shares."""
+
+    store: RunStore
+    experiment: Experiment
+    initial: Policy
+    train_prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    engine: Engine
+    learner: Learner
+    progress: Progress
+    judge_folders: tuple[Path, ...] = ()
+    cache: VerdictCache | None = None
+    place_judge: Place | None = None
+    live_model: Callable[[], LiveModel] | None = None
+    """The engine as something to talk to, for judges that ask the policy."""
+    _judges: dict[str, AskedJudge] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def judge(self, spec: JudgeSpec, comparing: ComparingSpec) -> AskedJudge:
+        """The judge of `spec`, opened once a run."""
+        key = digest_json([spec.model_dump(mode="json"), comparing.model_dump()])
+        if key not in self._judges:
+            asking = Asking(
+                cache=self.cache,
+                comparing=comparing,
+                limit_s=self.experiment.judge_timeout,
+                budget=self.experiment.judge_budget.model_dump(exclude_none=True),
+            )
+            self._judges[key] = open_judge(spec, self.judge_folders, asking, self.place_judge)
+        return self._judges[key]
+
+    def judge_digest(self, spec: JudgeSpec) -> str:
+        """`judging.judge_digest`, computed once a run: a reward model's weights are part of it."""
+        key = digest_json(spec.model_dump(mode="json"))
+        if key not in self._digests:
+            self._digests[key] = judge_digest(spec, self.judge_folders)
+        return self._digests[key]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm at one seed."""
+
+    run: Run
+    name: str
+    seed: int
+    settings: ArmSettings
+
+    @property
+    def label(self) -> str:
+        """How the arm is called on the screen."""
+        return f"{self.name} · seed {self.seed}"
+
+    @property
+    def policies(self) -> ArmPolicies:
+        """The arm's policies by round."""
+        return ArmPolicies(self.run.store, self.name, self.seed, self.run.initial)
+
+    def folder(self, index: int) -> RoundFolder:
+        """The folder of round `index`."""
+        return self.run.store.round(self.name, self.seed, index)

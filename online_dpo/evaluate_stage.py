@@ -1,0 +1,135 @@
+"""The stage that measures a policy on the held-out prompts, and the figures that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from online_dpo.arms import Arm
+from online_dpo.config import ArmSettings, Experiment, SamplingSpec
+from online_dpo.errors import RunFolderError
+from online_dpo.files import digest_json
+from online_dpo.judging import AskedJudge, compares, judge_against, judge_all
+from online_dpo.measure import summarise_held_out
+from online_dpo.records import HeldOutAnswer, read_held_out, write_held_out
+from online_dpo.sample_stage import generate, prompts_digest
+from online_dpo.seeds import derive_seed
+from online_dpo.store import RoundFolder, StageRecord
+from online_dpo.types import Abstain, Candidate, Policy, Verdict
+
+SCORED_AT_ONCE = 32
+"""Answers a call when the learner scores held-out answers: enough to batch well, few enough to show progress."""
+
+
+def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecord:
+    """One answer to every held-out prompt, its score, and the initial policy's log-probs of it."""
+    experiment = arm.run.experiment
+    spec = experiment.evaluation_judge(arm.name)
+    sampling = held_out_sampling(experiment, arm.settings)
+
+    def produce(out: Path) -> dict[str, Any]:
+        arm.run.learner.rest()
+        arm.run.engine.load(policy)
+        # The same seeds in every round and arm: differences are the policies', not the dice's.
+        seeds = [(derive_seed(arm.seed, "held_out", prompt.id),) for prompt in arm.run.held_out]
+        label = f"round {folder.index} evaluate"
+        answers, figures = generate(arm, label, arm.run.held_out, seeds, sampling)
+        asked = arm.run.judge(spec, arm.settings.comparing)
+        asked.take_ledger()
+        verdicts = _held_out_verdicts(arm, folder, asked, answers)
+        initial = _initial_logprobs(arm, folder.index, policy, answers)
+        rows = [
+            HeldOutAnswer(
+                candidate,
+                verdict.score if isinstance(verdict, Verdict) else None,
+                verdict.reason if isinstance(verdict, Abstain) else None,
+                tuple(logprobs),
+            )
+            for candidate, verdict, logprobs in zip(answers, verdicts, initial, strict=True)
+        ]
+        write_held_out(out / "held_out.parquet", rows)
+        return {**figures, "ledger": asked.take_ledger()}
+
+    inputs = {
+        "policy": policy.digest,
+        "prompts": prompts_digest(arm.run.held_out),
+        "sampling": digest_json(sampling.model_dump()),
+        "judge": arm.run.judge_digest(spec),
+        "max_abstain": str(arm.settings.max_abstain),
+        "seed": str(arm.seed),
+        "engine": arm.run.engine.kind,
+    }
+    if folder.index and compares(spec, arm.run.judge_folders):
+        inputs["against"] = _initial_record(arm).outputs["held_out.parquet"]
+    return folder.stage("evaluate", inputs, ["held_out.parquet"], produce)
+
+
+def _held_out_verdicts(
+    arm: Arm, folder: RoundFolder, asked: AskedJudge, answers: Sequence[Candidate]
+) -> list[Verdict | Abstain]:
+    """The answers' scores. A judge that only compares gives the probability of beating the initial policy's answer."""
+    prompts = {prompt.id: prompt for prompt in arm.run.held_out}
+    most = arm.settings.max_abstain
+    if not asked.pairwise:
+        return judge_all(asked, prompts, answers, max_abstain=most)
+    initial: Sequence[Candidate] = answers
+    if folder.index:
+        _initial_record(arm)
+        initial = [row.candidate for row in read_held_out(arm.folder(0).path / "held_out.parquet")]
+    return judge_against(asked, prompts, answers, initial, max_abstain=most)
+
+
+def _initial_record(arm: Arm) -> StageRecord:
+    """The record of round 0's held-out answers, its files held against it."""
+    arm.folder(0).trust("evaluate")
+    record = arm.folder(0).done("evaluate")
+    if record is None:
+        raise RunFolderError(f"{arm.folder(0).path}: stage 'evaluate' has no record")
+    return record
+
+
+def _initial_logprobs(arm: Arm, index: int, policy: Policy, answers: Sequence[Candidate]) -> Sequence[Sequence[float]]:
+    """π₀'s log-probs of the answers: the stored ones where π₀ sampled them, else one pass of the learner."""
+    if policy.digest == arm.run.initial.digest:
+        return [answer.logprobs for answer in answers]
+    arm.run.engine.rest()
+    items = list(zip(arm.run.held_out, answers, strict=True))
+    logprobs: list[list[float]] = []
+    arm.run.progress.start(f"{arm.label} · round {index} evaluate, KL", len(items), "answers")
+    for start in range(0, len(items), SCORED_AT_ONCE):
+        scored = arm.run.learner.score(arm.run.initial, items[start : start + SCORED_AT_ONCE])
+        logprobs.extend(scored)
+        arm.run.progress.advance(len(scored))
+    arm.run.progress.finish()
+    return logprobs
+
+
+def held_out_sampling(experiment: Experiment, settings: ArmSettings) -> SamplingSpec:
+    """How held-out answers are drawn: one a prompt."""
+    evaluation = experiment.evaluation
+    return SamplingSpec(
+        n=1,
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        max_tokens=evaluation.max_tokens or settings.sampling.max_tokens,
+    )
+
+
+def held_out_figures(arm: Arm, folder: RoundFolder) -> dict[str, Any]:
+    """The round's held-out figures; comparisons are with round 0 of the same arm and seed."""
+    current = read_held_out(folder.path / "held_out.parquet")
+    arm.folder(0).trust("evaluate")
+    initial = read_held_out(arm.folder(0).path / "held_out.parquet")
+    figures = summarise_held_out(
+        [answer.candidate for answer in current],
+        [answer.score for answer in current],
+        [answer.score for answer in initial],
+        [answer.initial_logprobs for answer in current],
+    )
+    evaluation = arm.run.experiment.evaluation
+    unreal = {"reward_change", "win_rate", "kl_initial", "kl_initial_token"} if folder.index == 0 else set()
+    if (evaluation.temperature, evaluation.top_p) != (1.0, 1.0):
+        # KL(θ‖π₀) is a mean over samples of θ itself; these are samples of another distribution.
+        unreal |= {"kl_initial", "kl_initial_token"}
+    return {key: None if key in unreal else value for key, value in figures.items()}
