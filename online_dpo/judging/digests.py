@@ -49,7 +49,9 @@ def judge_digest(spec: JudgeSpec, folders: Sequence[Path]) -> str:
 
 
 def _named(params: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    return [str(params[key]) for key in keys if params.get(key) is not None]
+    """What `keys` name in `params`; a key may hold a list of names."""
+    values = [params[key] for key in keys if params.get(key) is not None]
+    return [str(name) for value in values for name in (value if isinstance(value, list) else [value])]
 
 
 def _path_digest(name: str, folders: Sequence[Path]) -> str:

@@ -75,8 +75,9 @@ class BaseJudge:
     """Constructor keys whose value names code as "module:name": its source file is part of the judge's digest."""
 
     file_params: ClassVar[tuple[str, ...]] = ()
-    """Constructor keys that name a file or folder. It is searched beside the experiment first, the constructor gets
-    the path that was found (else the value as it stands), and what lies there is part of the digest."""
+    """Constructor keys that name a file or folder, or a list of them. Each is searched beside the experiment first,
+    the constructor gets the path that was found (else the value as it stands), and what lies there is part of the
+    digest."""
 
     judge_params: ClassVar[tuple[str, ...]] = ()
     """Constructor keys that hold another judge, or a list of judges, as an experiment writes them. The constructor
