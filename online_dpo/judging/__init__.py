@@ -3,8 +3,11 @@
 A judge of a user's own imports from here alone: `PointwiseJudge` or `PairwiseJudge`, `Abstention`, `Opinion`.
 """
 
-from online_dpo.judging.asked import AskedJudge, Asking, Compared
-from online_dpo.judging.cache import Answer, VerdictCache
+from online_dpo.judging.against import judge_against
+from online_dpo.judging.answers import Answer
+from online_dpo.judging.asked import AskedJudge, Asking
+from online_dpo.judging.cache import VerdictCache
+from online_dpo.judging.compared import Compared
 from online_dpo.judging.digests import judge_digest
 from online_dpo.judging.importing import import_object
 from online_dpo.judging.interface import (
@@ -21,7 +24,7 @@ from online_dpo.judging.interface import (
     Score,
 )
 from online_dpo.judging.kinds import as_judge, judge_name
-from online_dpo.judging.loading import Place, asks_policy, load_judge, open_judge
+from online_dpo.judging.loading import Place, asks_policy, compares, load_judge, open_judge
 from online_dpo.judging.verdicts import abstain_reasons, judge_all, mean_details
 
 __all__ = [
@@ -45,7 +48,9 @@ __all__ = [
     "abstain_reasons",
     "as_judge",
     "asks_policy",
+    "compares",
     "import_object",
+    "judge_against",
     "judge_all",
     "judge_digest",
     "judge_name",

@@ -39,5 +39,6 @@ def judge_against(
             results[place] = Abstain(one.prompt_id, one.index, outcome.reason)
         else:
             results[place] = Verdict(one.prompt_id, one.index, outcome)
-    check_abstentions(asked, results, len(results), max_abstain)
+    abstained = [result for result in results if isinstance(result, Abstain)]
+    check_abstentions(asked, abstained, len(results), len(results), max_abstain)
     return results

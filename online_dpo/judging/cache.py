@@ -1,7 +1,8 @@
 """What judges said, on disk: asked once, never again. One SQLite file; memory does not grow with it.
 
-A key is the SHA-256 of (judge digest, prompt's messages, candidates in order): a changed judge, prompt or answer is
-another key. Beside the answers stands the ledger: what each judge has spent, over all processes that shared the file.
+A key is the SHA-256 of the judge's digest, the prompt's id and messages, and the candidates' texts, tokens and finish
+reasons in their order: a changed judge, prompt or answer is another key. Beside the answers stands the ledger: what
+each judge has spent, over all processes that shared the file.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import json
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 from online_dpo.errors import RunFolderError, one_line
+from online_dpo.judging.answers import Answer
 from online_dpo.judging.interface import Abstention, Opinion
 from online_dpo.types import Candidate, Prompt
 
-Answer: TypeAlias = Opinion | Abstention
 LOOKED_UP_AT_ONCE = 500
 FORMAT = 1
 
@@ -25,7 +26,7 @@ FORMAT = 1
 def answer_key(judge: str, prompt: Prompt, candidates: Sequence[Candidate]) -> bytes:
     """The key of what judge `judge` (a digest) says of these candidates, in this order."""
     hasher = hashlib.sha256()
-    for text in (judge, *(part for message in prompt.messages for part in (message.role, message.content))):
+    for text in (judge, prompt.id, *(part for message in prompt.messages for part in (message.role, message.content))):
         _add(hasher, text)
     for candidate in candidates:
         hasher.update(b"\x00candidate")
@@ -53,11 +54,11 @@ class VerdictCache:
             # A killed process loses nothing that was committed; a power cut may lose the last transactions.
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=NORMAL")
-            found = self.connection.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, FORMAT):
-                raise RunFolderError(f"{path} has cache format {found}, this version reads format {FORMAT}")
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
+                found = self.connection.execute("PRAGMA user_version").fetchone()[0]
+                if found not in (0, FORMAT):
+                    raise RunFolderError(f"{path} has cache format {found}, this version reads format {FORMAT}")
                 self.connection.execute(
                     "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, said TEXT NOT NULL) WITHOUT ROWID"
                 )
@@ -79,7 +80,7 @@ class VerdictCache:
         self.connection.close()
 
     def __len__(self) -> int:
-        return int(self.connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+        return int(self._read("SELECT COUNT(*) FROM answers")[0][0])
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, list[Answer]]:
         """What was said, of those of `keys` that were asked before."""
@@ -87,20 +88,22 @@ class VerdictCache:
         for start in range(0, len(keys), LOOKED_UP_AT_ONCE):
             some = keys[start : start + LOOKED_UP_AT_ONCE]
             marks = ",".join("?" * len(some))
-            rows = self.connection.execute(f"SELECT key, said FROM answers WHERE key IN ({marks})", some)  # noqa: S608
-            for key, said in rows:
+            for key, said in self._read(f"SELECT key, said FROM answers WHERE key IN ({marks})", some):  # noqa: S608
                 found[bytes(key)] = _decode(said, self.path)
         return found
 
     def keep(self, rows: Iterable[tuple[bytes, Sequence[Answer]]], judge: str, spent: Mapping[str, float]) -> None:
-        """Write answers and what they cost, together or not at all. Passing abstentions are left out."""
+        """Write answers and what they cost, together or not at all. Passing abstentions are left out.
+
+        What another process wrote meanwhile stays: an answer once kept never changes.
+        """
         lasting = [(key, _encode(said)) for key, said in rows if not any(_passing(answer) for answer in said)]
         if not lasting and not spent:
             return
         try:
             with self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
-                self.connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", lasting)
+                self.connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", lasting)
                 self.connection.executemany(
                     "INSERT INTO ledger VALUES (?, ?, ?) "
                     "ON CONFLICT (judge, item) DO UPDATE SET amount = amount + excluded.amount",
@@ -111,10 +114,17 @@ class VerdictCache:
 
     def spent(self, judge: str | None = None) -> dict[str, float]:
         """The ledger's totals: of one judge (its digest), or of all."""
-        rows = self.connection.execute(
-            "SELECT item, SUM(amount) FROM ledger WHERE ? IS NULL OR judge = ? GROUP BY item", (judge, judge)
+        return dict(
+            self._read(
+                "SELECT item, SUM(amount) FROM ledger WHERE ? IS NULL OR judge = ? GROUP BY item", (judge, judge)
+            )
         )
-        return dict(rows)
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self.connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise RunFolderError(f"the verdict cache {self.path} cannot be read: {one_line(error)}") from error
 
 
 def _passing(answer: Answer) -> bool:
@@ -134,7 +144,7 @@ def _encode(said: Sequence[Answer]) -> str:
 def _decode(said: str, path: Path) -> list[Answer]:
     try:
         return [
-            Abstention(row["abstains"]) if "abstains" in row else Opinion(row["value"], row.get("details", {}))
+            Abstention(row["abstains"]) if "abstains" in row else Opinion(float(row["value"]), row.get("details", {}))
             for row in json.loads(said)
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -22,18 +22,21 @@ def call_all(
     concurrent: int,
     limit_s: float | None,
     name: Callable[[Task], str],
+    check: Callable[[Task], None],
 ) -> Iterator[tuple[Task, Result]]:
     """Each task with its result, as they come; in their order where `concurrent` is 1.
 
-    An exception of `call` is raised once the other calls that run have ended and were yielded: what they cost is not
-    lost. A call that takes longer than `limit_s` raises `JudgeError` naming the task; its thread is left behind.
-    Without a limit and with `concurrent` 1 the calls are made in this very thread.
+    `check` is called in this thread before each task begins: what it raises ends the calling. So does an exception
+    of `call`, and a call that takes longer than `limit_s` (a `JudgeError` that names the task; its thread is left
+    behind). Any of these is raised once the other calls that run have ended, or passed the limit too, and were
+    yielded: what they cost is not lost. Without a limit and with `concurrent` 1 this very thread makes the calls.
     """
     if concurrent == 1 and limit_s is None:
         for task in tasks:
+            check(task)
             yield task, call(task)
         return
-    yield from _Threads(tasks, call, concurrent, limit_s, name).run()
+    yield from _Threads(tasks, call, concurrent, limit_s, name, check).run()
 
 
 class _Threads(Generic[Task, Result]):
@@ -46,44 +49,58 @@ class _Threads(Generic[Task, Result]):
         concurrent: int,
         limit_s: float | None,
         name: Callable[[Task], str],
+        check: Callable[[Task], None],
     ) -> None:
         self.tasks = tasks
         self.call = call
         self.limit_s = limit_s
         self.name = name
+        self.check = check
+        self.left = iter(range(len(tasks)))
         self.waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.ended: queue.SimpleQueue[tuple[int, Result | None, BaseException | None]] = queue.SimpleQueue()
         self.began: dict[int, float] = {}
+        self.fault: BaseException | None = None
         self.workers = min(concurrent, len(tasks))
 
     def run(self) -> Iterator[tuple[Task, Result]]:
-        handed = iter(range(len(self.tasks)))
         for _ in range(self.workers):
             threading.Thread(target=self._work, daemon=True).start()
-        fault: BaseException | None = None
         try:
-            running = sum(self._hand(handed) for _ in range(self.workers))
-            while running:
-                place, result, error = self._next()
-                running -= 1
-                fault = fault or error
-                # After a fault nothing new begins, and what runs is waited for.
-                running += self._hand(handed) if fault is None else 0
+            for _ in range(self.workers):
+                self._hand()
+            while self.began:
+                if self.ended.empty():  # else an answer that came in time would be called late
+                    self._give_up()
+                try:
+                    place, result, error = self.ended.get(timeout=self._patience())
+                except queue.Empty:
+                    continue
+                if self.began.pop(place, None) is None:
+                    continue  # given up before: it has been named as too late
+                self.fault = error if self.fault is None else self.fault
                 if error is None:
+                    # Kept by whoever asks before the next begins: what is checked then counts it.
                     yield self.tasks[place], result  # type: ignore[misc] # a result of the call's own type
+                self._hand()
         finally:
             for _ in range(self.workers):
                 self.waiting.put(None)
-        if fault is not None:
-            raise fault
+        if self.fault is not None:
+            raise self.fault
 
-    def _hand(self, handed: Iterator[int]) -> int:
-        place = next(handed, None)
+    def _hand(self) -> None:
+        """Let the next task begin; after a fault nothing new does, and what runs is waited for."""
+        place = next(self.left, None) if self.fault is None else None
         if place is None:
-            return 0
+            return
+        try:
+            self.check(self.tasks[place])
+        except BaseException as error:  # raised at the end of `run`
+            self.fault = error
+            return
         self.began[place] = time.monotonic()
         self.waiting.put(place)
-        return 1
 
     def _work(self) -> None:
         while (place := self.waiting.get()) is not None:
@@ -92,19 +109,19 @@ class _Threads(Generic[Task, Result]):
             except BaseException as error:  # handed over to the caller's thread, which raises it
                 self.ended.put((place, None, error))
 
-    def _next(self) -> tuple[int, Result | None, BaseException | None]:
-        while True:
-            try:
-                ended = self.ended.get(timeout=POLL_S if self.limit_s is None else min(POLL_S, self.limit_s))
-            except queue.Empty:
-                self._check_limit()
-                continue
-            del self.began[ended[0]]
-            return ended
+    def _patience(self) -> float:
+        """How long to wait for an answer before looking at the clock again (seconds)."""
+        if self.limit_s is None:
+            return POLL_S
+        left = min(self.began.values()) + self.limit_s - time.monotonic()
+        return min(POLL_S, max(left, 0.001))
 
-    def _check_limit(self) -> None:
-        if self.limit_s is None or not self.began:
+    def _give_up(self) -> None:
+        """No longer wait for the calls that are past the limit."""
+        if self.limit_s is None:
             return
-        place, began = min(self.began.items(), key=lambda item: item[1])
-        if time.monotonic() - began > self.limit_s:
-            raise JudgeError(f"{self.name(self.tasks[place])} has not answered for {self.limit_s:g} s")
+        now = time.monotonic()
+        for place in [place for place, began in self.began.items() if now - began > self.limit_s]:
+            del self.began[place]
+            late = JudgeError(f"{self.name(self.tasks[place])} has not answered for {self.limit_s:g} s")
+            self.fault = late if self.fault is None else self.fault

@@ -43,7 +43,7 @@ def open_judge(
     _check_params(spec, kind)
     inner_keys = tuple(getattr(kind, "judge_params", ()))
     alone = getattr(kind, "own_process", False) or spec.actor is not None
-    if spec.actor is not None and inner_keys:
+    if alone and inner_keys:
         raise JudgeError(f"judge '{spec.use}' is made of judges: give 'actor' to those inside instead")
     inner = {
         key: [open_judge(one, folders, asking, place) for one in inner_specs(spec, key)]
@@ -59,8 +59,11 @@ def open_judge(
 def _construct(spec: JudgeSpec, kind: type, folders: Sequence[Path], inner: dict[str, list[AskedJudge]]) -> Judge:
     params = dict(spec.params)
     for key in getattr(kind, "file_params", ()):
-        if isinstance(params.get(key), str):
-            params[key] = find_file(params[key], folders)
+        value = params.get(key)
+        if isinstance(value, str):
+            params[key] = find_file(value, folders)
+        elif isinstance(value, list):
+            params[key] = [find_file(one, folders) if isinstance(one, str) else one for one in value]
     for key, judges in inner.items():
         params[key] = judges if isinstance(params[key], list) else judges[0]
     try:
@@ -82,6 +85,11 @@ def inner_specs(spec: JudgeSpec, key: str) -> list[JudgeSpec]:
         raise JudgeError(f"judge '{spec.use}': {describe(error, JudgeSpec, prefix=f'{key}.')}") from error
 
 
+def compares(spec: JudgeSpec, folders: Sequence[Path]) -> bool:
+    """Whether the judge of `spec` compares; else it scores."""
+    return callable(getattr(judge_class(spec, folders), "prefer", None))
+
+
 def asks_policy(spec: JudgeSpec, folders: Sequence[Path]) -> bool:
     """Whether the judge of `spec`, or one that it is made of, asks the round's source policy (`uses_policy`)."""
     kind = judge_class(spec, folders)
@@ -91,10 +99,14 @@ def asks_policy(spec: JudgeSpec, folders: Sequence[Path]) -> bool:
 
 
 def find_file(name: str, folders: Sequence[Path]) -> str:
-    """`name` beside the experiment, where it is there; else as it stands (a path, or a hub id)."""
-    for folder in folders:
-        if (folder / Path(name).expanduser()).exists():
-            return str((folder / Path(name).expanduser()).resolve())
+    """The whole path of `name`: beside the experiment, else from the current folder; else `name` (a hub id)."""
+    for folder in [*folders, Path.cwd()]:
+        try:
+            path = (folder / Path(name).expanduser()).absolute()
+            if name and path.exists():
+                return str(path)
+        except (OSError, RuntimeError, ValueError):  # no path at all: too long, no such user, a null character
+            break
     return name
 
 

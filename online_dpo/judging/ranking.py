@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from online_dpo.config import ComparingSpec
 
@@ -19,7 +20,8 @@ Place = tuple[int, int]
 Outcomes = Mapping[Place, float | None]
 """What came of the comparisons so far: the probability that the first is better, None where the judge abstained."""
 
-NEWTON_STEPS = 50
+NEWTON_STEPS = 1000
+"""Far more than strict concavity needs: a handful, some dozens at a tiny precision."""
 CONVERGED = 1e-10
 
 
@@ -27,8 +29,8 @@ def next_comparisons(n: int, spec: ComparingSpec, done: Outcomes) -> list[Place]
     """What to compare next, given what came of it so far; empty when the schedule is through.
 
     all_pairs: everything at once. swiss: wave by wave, each candidate against one of about equal record that it has
-    not met (n even: n/2 comparisons a wave; n odd: the lowest sits out). knock_out: winners meet, n − 1 comparisons;
-    only the first place is well founded.
+    not met (⌊n/2⌋ comparisons a wave, fewer where no such pairing is left; n odd: the lowest of those that have not
+    sat out yet sits out). knock_out: winners meet, n − 1 comparisons; only the first place is well founded.
     """
     if n < 2:
         return []
@@ -64,24 +66,47 @@ def _swiss_wave(n: int, waves: int, done: Outcomes) -> list[Place]:
         record[i], record[j] = record[i] + p, record[j] + 1.0 - p
     if len(done) >= schedule_size(n, ComparingSpec(schedule="swiss", waves=waves)) or max(met) >= waves:
         return []
+    # To sit out counts as a win, or the best would not meet the others that never lost.
+    points = [record[i] + max(met) - met[i] for i in range(n)]
     # Who sat out goes first, so that nobody sits out twice while another has not.
-    order = sorted(range(n), key=lambda i: (met[i], -record[i], i)) if n % 2 else []
-    playing = sorted(order[: n - 1] if order else range(n), key=lambda i: (-record[i], i))
+    order = sorted(range(n), key=lambda i: (met[i], -points[i], i))
+    playing = sorted(order[: n - n % 2], key=lambda i: (-points[i], i))
     return _matched(playing, set(done))
 
 
 def _matched(playing: list[int], done: set[Place]) -> list[Place]:
-    """Each of `playing` with the nearest below that it has not met; with one met before only where none is left."""
+    """Each of `playing` with the nearest below that it has not met.
+
+    Two that are left over take another pair apart where both find a partner in it. Such a pair exists as long as each
+    has not met half of the others: the two then have more open comparisons than one to each member of each pair, so
+    some pair has three of its four open.
+    """
     wave: list[Place] = []
-    left = list(playing)
-    while len(left) > 1:
-        first = left.pop(0)
-        partner = next((other for other in left if _place(first, other) not in done), None)
+    left: list[int] = []
+    waiting = list(playing)
+    while waiting:
+        first = waiting.pop(0)
+        partner = next((other for other in waiting if _place(first, other) not in done), None)
         if partner is None:
+            left.append(first)
             continue
-        left.remove(partner)
+        waiting.remove(partner)
         wave.append(_place(first, partner))
+    while len(left) > 1 and (swap := _swap(left, wave, done)) is not None:
+        pair, mended = swap
+        wave = [*(other for other in wave if other != pair), *mended]
+        left = [i for i in left if all(i not in place for place in mended)]
     return wave
+
+
+def _swap(left: Sequence[int], wave: Sequence[Place], done: set[Place]) -> tuple[Place, list[Place]] | None:
+    """A pair of `wave`, and two pairs that its members and two of `left` can form instead."""
+    for a, b in itertools.combinations(left, 2):
+        for pair in reversed(wave):  # from below: the first places are decided by the pairs above
+            for c, d in (pair, pair[::-1]):
+                if _place(a, c) not in done and _place(b, d) not in done:
+                    return pair, [_place(a, c), _place(b, d)]
+    return None
 
 
 def _knock_out_wave(n: int, done: Outcomes) -> list[Place]:
@@ -128,27 +153,75 @@ def bradley_terry(n: int, outcomes: Outcomes, precision: float) -> list[float | 
         return [None] * n
     number = {candidate: place for place, candidate in enumerate(group)}
     kept = [(number[i], number[j], p) for (i, j), p in outcomes.items() if p is not None and i in number]
-    i, j = np.array([row[0] for row in kept]), np.array([row[1] for row in kept])
-    p = np.array([row[2] for row in kept])
     sides = np.zeros((len(kept), len(group)))
     rows = np.arange(len(kept))
-    sides[rows, i], sides[rows, j] = 1.0, -1.0
-    s = np.zeros(len(group))
-    for _ in range(NEWTON_STEPS):
-        sigma = 1.0 / (1.0 + np.exp(-(sides @ s)))
-        gradient = sides.T @ (p - sigma) - precision * s
-        hessian = (sides * (sigma * (1.0 - sigma))[:, None]).T @ sides + precision * np.eye(len(group))
-        step = np.linalg.solve(hessian, gradient)
-        # The logistic function flattens: an undamped step from far out would overshoot.
-        s = s + step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-300))
-        if float(np.abs(step).max()) < CONVERGED:
-            break
-    s = s - s.mean()
+    sides[rows, [row[0] for row in kept]], sides[rows, [row[1] for row in kept]] = 1.0, -1.0
+    s = _most_likely(sides, np.array([row[2] for row in kept]), precision)
     return [float(s[number[candidate]]) if candidate in number else None for candidate in range(n)]
+
+
+def _most_likely(sides: NDArray[np.float64], p: NDArray[np.float64], precision: float) -> NDArray[np.float64]:
+    """The strengths, shape (candidates,), of `sides` (comparisons, candidates): 1 for the first, −1 for the second."""
+
+    def objective(s: NDArray[np.float64]) -> float:
+        d = sides @ s  # p·log σ(d) + (1 − p)·log σ(−d) = p·d − log(1 + e^d)
+        return float(p @ d - np.logaddexp(0.0, d).sum() - 0.5 * precision * (s @ s))
+
+    s = np.zeros(sides.shape[1])
+    now = objective(s)
+    for _ in range(NEWTON_STEPS):
+        sigma = 0.5 * (1.0 + np.tanh(0.5 * (sides @ s)))  # as 1/(1 + e^−d), without overflow
+        gradient = sides.T @ (p - sigma) - precision * s
+        hessian = (sides.T * (sigma * (1.0 - sigma))) @ sides + precision * np.eye(len(s))
+        step = np.linalg.solve(hessian, gradient)
+        if float(np.abs(step).max()) < CONVERGED:
+            return np.asarray(s + step - (s + step).mean())  # the sum is zero but for rounding
+        # The logistic function flattens: a whole step from far out may overshoot.
+        while (after := objective(s + step)) < now and float(np.abs(step).max()) >= CONVERGED:
+            step = 0.5 * step
+        s, now = s + step, after
+    return np.asarray(s - s.mean())  # the sum is zero but for rounding
+
+
+def tree_strengths(n: int, outcomes: Outcomes, spec: ComparingSpec) -> list[float | None]:
+    """Strengths of a knock-out: each loser stands below its winner by what the two alone would differ.
+
+    The comparisons are a tree, so each difference can be had exactly: the winner comes first and a tie stays one,
+    which a fit of all strengths at once does not grant (its prior pulls a winner of narrow comparisons below one
+    that lost to it and beat others clearly). Centred; None as in `bradley_terry`.
+    """
+    group = _largest_group(n, outcomes)
+    if len(group) < 2:
+        return [None] * n
+    below: dict[int, list[tuple[int, float]]] = {i: [] for i in group}
+    for (i, j), p in outcomes.items():
+        if p is not None and i in below:
+            difference = _apart(p, spec)
+            below[i].append((j, difference))
+            below[j].append((i, -difference))
+    found = {group[0]: 0.0}
+    reached = [group[0]]
+    for i in reached:
+        for j, difference in below[i]:
+            if j not in found:
+                found[j] = found[i] - difference
+                reached.append(j)
+    mean = math.fsum(found.values()) / len(found)
+    return [found[i] - mean if i in found else None for i in range(n)]
+
+
+def _apart(p: float, spec: ComparingSpec) -> float:
+    """How far one candidate stands above another by their comparison alone."""
+    if spec.rank_by == "mean_win":
+        return 2.0 * p - 1.0
+    first, second = bradley_terry(2, {(0, 1): p}, spec.precision)
+    return (first or 0.0) - (second or 0.0)
 
 
 def strengths(n: int, outcomes: Outcomes, spec: ComparingSpec) -> list[float | None]:
     """One score a candidate by `spec.rank_by`; None where there is nothing to place it by."""
+    if spec.schedule == "knock_out":
+        return tree_strengths(n, outcomes, spec)
     if spec.rank_by == "mean_win":
         return mean_wins(n, outcomes)
     return bradley_terry(n, outcomes, spec.precision)

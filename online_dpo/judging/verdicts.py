@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from online_dpo.errors import DataError, JudgeError
+from online_dpo.judging.answers import Answer
 from online_dpo.judging.asked import AskedJudge
-from online_dpo.judging.cache import Answer
 from online_dpo.judging.interface import Abstention, Item, PairwiseJudge
 from online_dpo.judging.kinds import as_judge, judge_name
 from online_dpo.judging.ranking import schedule_size
 from online_dpo.types import Abstain, Candidate, Prompt, Verdict
 
 REASONS_SHOWN = 5
+ROUNDING = 1e-6
+"""0.29 · 100 is a little less than 29, and 29 of 100 are allowed all the same."""
 ROUNDS_OF_CALLS = 8
 """Calls that each thread makes between two looks at the abstentions: enough to keep all threads busy."""
 
@@ -50,8 +52,7 @@ def judge_all(
                 result = results[place] = _result(candidates[place], answer)
                 if isinstance(result, Abstain):
                     abstained.append(result)
-        if len(abstained) > max_abstain * len(candidates):
-            raise _too_many(asked, abstained, len(results), len(candidates), max_abstain)
+        check_abstentions(asked, abstained, len(results), len(candidates), max_abstain)
         if on_progress is not None:
             on_progress(sum(len(places) for _, places in chunk))
     return [results[place] for place in range(len(candidates))]
@@ -108,11 +109,16 @@ def _result(candidate: Candidate, answer: Answer) -> Verdict | Abstain:
     return Verdict(candidate.prompt_id, candidate.index, answer.value, answer.details)
 
 
-def _too_many(asked: AskedJudge, abstained: Sequence[Abstain], done: int, total: int, max_abstain: float) -> JudgeError:
+def check_abstentions(
+    asked: AskedJudge, abstained: Sequence[Abstain], done: int, total: int, max_abstain: float
+) -> None:
+    """`JudgeError` as soon as all `total` cannot stay within the share `max_abstain`: judge calls may cost money."""
+    if len(abstained) <= max_abstain * total + ROUNDING:
+        return
     reasons = abstain_reasons(abstained)
     shown = "; ".join(f"{reason} ({count})" for reason, count in itertools.islice(reasons.items(), REASONS_SHOWN))
     more = f"; and {len(reasons) - REASONS_SHOWN} other reasons" if len(reasons) > REASONS_SHOWN else ""
-    return JudgeError(
+    raise JudgeError(
         f"judge '{asked.name}' abstained on {len(abstained)} of the {done} candidates judged so far (of {total}), "
         f"more than max_abstain {max_abstain:g} allows: {shown}{more}; first at prompt '{abstained[0].prompt_id}'"
     )

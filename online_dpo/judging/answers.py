@@ -1,0 +1,80 @@
+"""From what a judge returned to an answer: a finite number with its details, or an abstention with its reason."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, TypeAlias
+
+from online_dpo.errors import JudgeError
+from online_dpo.judging.interface import Abstention, Opinion
+
+Answer: TypeAlias = Opinion | Abstention
+DECLINED = Abstention("judge declined")
+LONGEST_REASON = 200
+"""Characters."""
+
+
+def read_list(answer: Any, wanted: int, noun: str, asked: str) -> list[Any]:
+    """`answer` as a list of `wanted` things; `JudgeError`, beginning with `asked`, where it is not that many."""
+    if isinstance(answer, str | bytes | Mapping | AbstractSet) or not hasattr(answer, "__iter__"):
+        raise JudgeError(f"{asked}: returned {type(answer).__name__} instead of {wanted} {noun}")
+    values = list(answer)
+    if len(values) != wanted:
+        raise JudgeError(f"{asked}: returned {len(values)} {noun} instead of {wanted}")
+    return values
+
+
+def read_score(value: Any) -> Answer:
+    """`value` as a finite number with its details, or why it is none. Numbers of numpy and torch count; text never."""
+    if value is None:
+        return DECLINED
+    if isinstance(value, Abstention):
+        # One line, and short: reasons are counted and printed.
+        return Abstention(" ".join(str(value.reason).split())[:LONGEST_REASON], value.passing)
+    details: Mapping[str, Any] = {}
+    if isinstance(value, Opinion):
+        value, details = value.value, value.details
+    number = _number(value)
+    if isinstance(number, Abstention):
+        return number
+    if not math.isfinite(number):
+        return Abstention(f"returned {number}")
+    return _with_details(number, details) if details else Opinion(number)
+
+
+def read_probability(value: Any) -> Answer:
+    """`read_score` of a number in [0, 1]; any other number is an abstention."""
+    answer = read_score(value)
+    if isinstance(answer, Opinion) and not 0.0 <= answer.value <= 1.0:
+        return Abstention("returned a number outside [0, 1]")
+    return answer
+
+
+def _number(value: Any) -> float | Abstention:
+    if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0:
+        value = value.item()  # a numpy or torch scalar
+    if not isinstance(value, numbers.Real):
+        return Abstention(f"returned {type(value).__name__}, not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return Abstention("returned a number too large for a float")
+
+
+def _with_details(number: float, details: Any) -> Answer:
+    """The details as JSON has them: what is read back from the cache is what was said. None for NaN and infinity."""
+    if not isinstance(details, Mapping):
+        return Abstention(f"returned details that are {type(details).__name__}, not a mapping")
+    kept: dict[str, float | str | bool | None] = {}
+    for key, value in details.items():
+        if value is None or isinstance(value, str | bool):
+            kept[str(key)] = value
+            continue
+        amount = _number(value)
+        if isinstance(amount, Abstention):
+            return Abstention(f"returned detail '{key}' that is neither number, text nor truth value"[:LONGEST_REASON])
+        kept[str(key)] = amount if math.isfinite(amount) else None
+    return Opinion(number, kept)
