@@ -193,7 +193,7 @@ def _question(prompt: Prompt, texts: Sequence[str], person: str) -> Question | N
 def readable(text: str) -> str:
     """What a person sees of a text that a model wrote: no control characters; lines and their indent stay.
 
-    Several empty lines become one; those at either end go.
+    Several empty lines become one; white space at either end goes.
     """
     unified = re.sub(r"\r\n?|[\v\f\x85\u2028\u2029]", "\n", text)
     lines = []
@@ -201,7 +201,7 @@ def readable(text: str) -> str:
         words = clean(line)
         indent = len(line) - len(line.lstrip(" "))
         lines.append(" " * min(indent, DEEPEST_INDENT) + words if words else "")
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip("\n")).rstrip()
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip())
 
 
 # --- what is kept ---

@@ -130,7 +130,7 @@ def test_an_experiment_names_one_file_a_list_or_a_folder(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("answers", ["human/ann.jsonl", ["human/ann.jsonl"], "human"])
 def test_more_answers_are_another_judge(tmp_path: Path, answers: str | list[str]) -> None:
-    spec = JudgeSpec(use="judges.human:HumanJudge", answers=answers)  # type: ignore[call-arg]
+    spec = JudgeSpec(use="judges.human:HumanJudge", answers=answers)
     first = said(["one", "two"], ((0,), (1,)))
     write(tmp_path / "human" / "ann.jsonl", first)
     before = judge_digest(spec, [tmp_path])
