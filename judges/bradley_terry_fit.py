@@ -70,12 +70,13 @@ def fit(
     letters: bool = True,
     encoder: str | None = None,
     source: str = "",
-    report: Callable[[str], None] = lambda _: None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> Card:
     """Fit a reward to all `pairs`, save it in folder `out` with its card, and return the card.
 
     The card's figures are those of `folds` rewards, each fitted by the very same procedure (terms, strength of the
-    penalty, temperature) to the other folds; a prompt's pairs are in one fold. `report` gets a line as work goes on.
+    penalty, temperature) to the other folds; a prompt's pairs are in one fold. `advance(1)` is called after each of the
+    `folds` + 1 fits.
     Raises `DataError` for too few prompts or terms, `JudgeError` for a wrong setting or a folder with other files.
     """
     _check(out, folds, c, min_df)
@@ -87,11 +88,11 @@ def fit(
             f"{folds} folds need at least {max(LEAST_PROMPTS, 2 * folds)}"
         )
     recipe = Recipe(min_df, letters, Encoder(encoder, keep=True) if encoder else None, c, seed)
-    report(f"fitting {len(sides.chosen)} pairs")
     started = time.perf_counter()
     reward, strength = train(sides, recipe)
     fitted = time.perf_counter()
-    controlled, with_length, fold_of = _held_out(sides, recipe, folds, report)
+    advance(1)
+    controlled, with_length, fold_of = _held_out(sides, recipe, folds, advance)
     validated = time.perf_counter()
     lengths = _longer(sides)
     settings = {
@@ -182,16 +183,18 @@ def temperature(margins: Floats) -> float:
     return float(np.exp(found.x))
 
 
-def _held_out(sides: Sides, recipe: Recipe, folds: int, report: Callable[[str], None]) -> tuple[Floats, Floats, Floats]:
+def _held_out(
+    sides: Sides, recipe: Recipe, folds: int, advance: Callable[[int], object]
+) -> tuple[Floats, Floats, Floats]:
     """Each pair's margin without and with length from a reward that has not seen its prompt, and its fold."""
     controlled, with_length, fold_of = (np.zeros(len(sides.chosen)) for _ in range(3))
     for number, (seen, unseen) in enumerate(_splits(sides.groups, folds, recipe.seed), start=1):
-        report(f"fold {number} of {folds}")
         reward, _ = train(sides[seen], recipe)
         apart = sides[unseen]
         controlled[unseen] = reward.scores(apart.chosen) - reward.scores(apart.rejected)
         with_length[unseen] = reward.scores(apart.chosen, length=True) - reward.scores(apart.rejected, length=True)
         fold_of[unseen] = number
+        advance(1)
     return controlled, with_length, fold_of
 
 
