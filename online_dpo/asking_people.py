@@ -74,16 +74,14 @@ def gather(store: RunStore, choice: Choice, person: str) -> tuple[list[Question]
 
     The same answers in several arms or rounds are one question. Order of questions and of texts follows from the
     person's name and the question alone: it is random, the same after a restart, and another for another person.
-    Raises `ConfigError` for an arm or seed that the run does not have, `RunFolderError` when nothing is finished.
+    Raises `ConfigError` for an arm or seed that the run does not have, `RunFolderError` when there is nothing to rank.
     """
     _check(store, choice)
     prompts = {prompt.id: prompt for group in read_prompts(store.root / "prompts.parquet").values() for prompt in group}
     found: dict[str, Question] = {}
     alike: set[tuple[tuple[Message, ...], str]] = set()
     groups = _train_groups(store, choice) if choice.stage == "train" else _held_out_groups(store, choice)
-    nothing = True
     for prompt_id, texts in groups:
-        nothing = False
         if prompt_id not in prompts:
             raise RunFolderError(
                 f"{store.root}: an answer belongs to prompt '{prompt_id}', which prompts.parquet lacks"
@@ -93,8 +91,9 @@ def gather(store: RunStore, choice: Choice, person: str) -> tuple[list[Question]
             alike.add((prompts[prompt_id].messages, texts[0]))
         else:
             found.setdefault(question.id, question)
-    if nothing:
-        raise RunFolderError(f"{store.root}: {_nothing(choice)}")
+    if not found:
+        reason = "nothing to rank: all answers to a prompt look the same" if alike else _nothing(choice)
+        raise RunFolderError(f"{store.root}: {reason}")
     return sorted(found.values(), key=lambda question: derive_seed("order", person, question.id)), len(alike)
 
 

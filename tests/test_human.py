@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from judges.human import HumanJudge, shares_beaten
@@ -67,6 +67,7 @@ def test_the_share_of_the_others_that_is_beaten(ranking: Ranking, shares: list[f
     assert shares_beaten(ranking) == shares
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=8))
 def test_shares_are_what_counting_pairs_gives(levels: list[int]) -> None:
     """`levels` are how good each text is; the mean share is ½, for every comparison gives 1 in sum."""
@@ -123,7 +124,7 @@ def test_an_experiment_names_one_file_a_list_or_a_folder(tmp_path: Path) -> None
     answer = said(["one", "two"], ((0,), (1,)))
     write(tmp_path / "human" / "ann.jsonl", answer)
     for answers in ("human/ann.jsonl", ["human/ann.jsonl"], "human", str(tmp_path / "human")):
-        judge = load_judge(JudgeSpec(use="judges.human:HumanJudge", answers=answers), [tmp_path])  # type: ignore[call-arg]
+        judge = load_judge(JudgeSpec(use="judges.human:HumanJudge", answers=answers), [tmp_path])
         assert isinstance(judge, HumanJudge)
         assert judged(judge, ["one", "two"]) == [1.0, 0.0]
 
@@ -226,6 +227,7 @@ def test_a_changed_line_is_refused(tmp_path: Path, change: dict[str, Any], messa
         read_people(file)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(max_size=40), st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(

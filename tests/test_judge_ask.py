@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import typer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -34,11 +34,11 @@ from online_dpo.asking_people import (
 from online_dpo.commands.judge_ask import judge_ask, parse_order
 from online_dpo.config import JudgeSpec, validate_experiment
 from online_dpo.errors import ConfigError, RunFolderError
-from online_dpo.judging import load_judge
+from online_dpo.judging import judge_all, load_judge
 from online_dpo.judging.people import read_people
 from online_dpo.records import HeldOutAnswer, write_candidates, write_held_out, write_prompts
 from online_dpo.store import RoundFolder, RunStore
-from online_dpo.types import Candidate, Message, Prompt
+from online_dpo.types import Candidate, Message, Prompt, Verdict
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 Texts = Mapping[str, Sequence[str]]
@@ -246,6 +246,9 @@ def test_a_choice_that_cannot_be(made: Made, choice: Choice, message: str) -> No
 def test_nothing_to_ask_about_yet(made: Made) -> None:
     with pytest.raises(RunFolderError, match="no answers were sampled yet in any round"):
         gather(made.store, Choice(), "ann")
+    made.sampled({"p0": ["x", "x"], "p1": ["y"]})
+    with pytest.raises(RunFolderError, match="nothing to rank: all answers to a prompt look the same"):
+        gather(made.store, Choice(), "ann")
     made.measured("initial", "zebra", 0)
     with pytest.raises(RunFolderError, match="a trained round and round 0 of what was chosen have no held-out answers"):
         gather(made.store, Choice("held_out"), "ann")
@@ -360,6 +363,7 @@ def test_what_is_no_order_is_told(typed: str, count: int, message: str) -> None:
         parse_order(typed, count)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="abcd>= =sé1", max_size=12) | st.text(max_size=8), st.integers(2, MOST_SHOWN))
 def test_any_line_is_a_whole_order_or_told(typed: str, count: int) -> None:
     try:
@@ -507,8 +511,8 @@ def test_what_a_person_said_is_a_judge(made: Made) -> None:
     spec = JudgeSpec.model_validate({"use": "judges.human:HumanJudge", "answers": "human/ann.jsonl"})
     judge = load_judge(spec, [made.store.root])
     candidates = [answer("p0", place, text) for place, text in enumerate(question.texts)]
-    scores = judge.score(made.prompts["p0"], candidates)  # type: ignore[union-attr]
-    assert [opinion.value for opinion in scores] == [0.25, 1.0, 0.25]
+    verdicts = judge_all(judge, made.prompts, candidates, max_abstain=0.0)
+    assert verdicts == [Verdict("p0", i, score, {"people": 1}) for i, score in enumerate([0.25, 1.0, 0.25])]
 
 
 # --- a real terminal ---
