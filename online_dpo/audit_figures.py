@@ -126,7 +126,7 @@ def _rates(axes: Axes, audit: Audit) -> None:
     axes.axvline(50, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_yticks(places, [name for name, _ in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set(title="Rates", xlabel="% of pairs; dashed: 50 %", xlim=(0, 114))
+    axes.set(title="Rates", xlabel="per cent; dashed: 50 %", xlim=(0, 114))
     axes.set_xticks(range(0, 101, 25))
     _bare(axes)
 
@@ -150,7 +150,7 @@ def _shares(audit: Audit) -> list[tuple[str, Interval | None]]:
 
 def _bars(low: Any, mean: Any, high: Any) -> Any:
     """Error bars below and above, none where there is no interval."""
-    return np.nan_to_num(np.maximum(0.0, np.stack([mean - low, high - mean])))
+    return np.nan_to_num(np.maximum(0.0, np.stack([mean - low, high - mean]))).tolist()
 
 
 def _most(values: Any) -> float:
