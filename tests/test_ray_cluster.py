@@ -170,7 +170,7 @@ def test_workers_that_do_not_end_together(live_ray: None) -> None:
         actor.count.options(num_returns="streaming").remote(number)
         for actor, number in zip(actors, (2, 1), strict=True)
     ]
-    found = cluster._in_step(streams)
+    found = cluster.in_step(streams)
     assert next(found) == 0
     with pytest.raises(TrainingError, match="only 1 of 2 learner workers went on"):
         next(found)

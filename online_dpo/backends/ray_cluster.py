@@ -79,11 +79,8 @@ class LearnerActor:
     """One learner worker."""
 
     def address(self) -> str:
-        """A free tcp address on this worker's node for the group to meet at."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"tcp://{host}:{probe.getsockname()[1]}"
+        """See `free_address`."""
+        return free_address()
 
     def build(
         self,
@@ -185,7 +182,7 @@ class RayLearner:
             worker.train.options(num_returns="streaming").remote(shared, policy_id, out, seed)
             for worker in self.workers
         ]
-        yield from _in_step(streams)
+        yield from in_step(streams)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         """`protocols.Learner.score`."""
@@ -207,7 +204,7 @@ class RayLearner:
         wait([worker.rest.remote() for worker in self.workers], TrainingError, "a learner worker")
 
 
-def _in_step(streams: Sequence[Any]) -> Iterator[Any]:
+def in_step(streams: Sequence[Any]) -> Iterator[Any]:
     """What worker 0 says, once each worker has said as much.
 
     Whoever speaks first is heard first: a worker that fails ends the work at once, also while the others wait for it.
@@ -228,6 +225,14 @@ def _in_step(streams: Sequence[Any]) -> Iterator[Any]:
         if len(said) < len(streams):
             raise TrainingError(f"only {len(said)} of {len(streams)} learner workers went on")
         yield said[0]
+
+
+def free_address() -> str:
+    """A free tcp address on this process's node for a group of workers to meet at."""
+    host = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
 def start_ray() -> None:
@@ -262,11 +267,11 @@ def start_engine_actor(environment: dict[str, str], gpus: float) -> ActorHandle:
     return actor
 
 
-def start_learner_actors(spec: LearnerSpec, gpus_per_worker: float) -> list[ActorHandle]:
-    """`spec.workers` learner workers, not built yet. Ray would give each one thread: it is told here."""
+def start_learner_actors(spec: LearnerSpec, gpus_per_worker: float, kind: type = LearnerActor) -> list[ActorHandle]:
+    """`spec.workers` workers of `kind`, not built yet. Ray would give each one thread: it is told here."""
     threads = spec.threads or max(1, cores() // spec.workers)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    remote = ray.remote(LearnerActor)
+    remote = ray.remote(kind)
     options = remote.options(num_cpus=0, num_gpus=gpus_per_worker, runtime_env={"env_vars": environment})
     return [options.remote() for _ in range(spec.workers)]
 
