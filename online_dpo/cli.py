@@ -120,13 +120,13 @@ def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
 
 
 def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> None:
-    from online_dpo.display import budget_table, round_table, sample_answers, stage_table
+    from online_dpo.display import budget_table, judge_table, round_table, sample_answers, stage_table
     from online_dpo.loop import collect_metrics
     from online_dpo.showcase import before_and_after
 
     metrics = collect_metrics(store, experiment)
     if metrics:
-        for part in (round_table(metrics), stage_table(metrics), budget_table(metrics)):
+        for part in (round_table(metrics), stage_table(metrics), judge_table(metrics), budget_table(metrics)):
             console.print(part)
         console.print(sample_answers(before_and_after(store, experiment)))
     console.print(f"run folder: {store.root}", markup=False, soft_wrap=True)

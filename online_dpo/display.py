@@ -29,7 +29,7 @@ ABSENT = "–"
 PLAIN_SECONDS = 10.0
 """At most one progress line in this time where there is no terminal."""
 
-STAGES = ("sample", "judge", "pair", "train", "evaluate")
+STAGES = ("sample", "judge", "audit", "pair", "train", "evaluate")
 SHOWN_CHARACTERS = 1200
 
 # CSI (colours, cursor), OSC and the other string sequences (titles, links, clipboard), then two-character escapes.
@@ -364,7 +364,8 @@ def stage_table(metrics: _Rows) -> Group:
     speed: list[_Column] = [
         ("sampling", lambda row: number(_get(row, "sample", "tokens_per_second"), places=0)),
         ("training", lambda row: number(_get(row, "train", "tokens_per_second"), places=0)),
-        *((f"{stage} s", _seconds_of(stage)) for stage in STAGES),
+        # A column for the audit would be one too many for 100: it is part of judging.
+        *((f"{stage} s", _seconds_of(stage)) for stage in STAGES if stage != "audit"),
     ]
     reused = any(row.get("reused") for row in metrics)
     return _spaced(
@@ -382,6 +383,33 @@ def stage_table(metrics: _Rows) -> Group:
             "* taken over from an identical stage of another arm" if reused else None,
         ),
     )
+
+
+def judge_table(metrics: _Rows) -> Group:
+    """What was measured of the judge itself in each round, on a sample of its prompts; empty where nothing was."""
+    audited = [row for row in metrics if _get(row, "audit") is not None]
+    if not audited:
+        return Group()
+    columns: list[_Column] = [
+        ("prompts", lambda row: number(_get(row, "audit", "prompts"))),
+        ("ties", lambda row: share(_get(row, "audit", "ties", "mean"))),
+        ("flips", lambda row: share(_get(row, "audit", "flips"))),
+        ("cycles", lambda row: share(_get(row, "audit", "intransitive", "mean"))),
+        ("with length", lambda row: interval(_get(row, "audit", "length_correlation"), sign=True)),
+        ("longest first", _longest_first),
+        ("κ", lambda row: number(_get(row, "audit", "kappa", "mean"), places=2)),
+    ]
+    note = (
+        "flips: verdicts that went with the place; with length: rank correlation of score and length within prompts; "
+        "longest first: how often, and by chance"
+    )
+    return _spaced(_table("The judge", audited, columns, note))
+
+
+def _longest_first(row: Mapping[str, Any]) -> str:
+    found = share(_get(row, "audit", "longest_first", "mean"))
+    chance = share(_get(row, "audit", "longest_first_by_chance"))
+    return found if found == ABSENT else f"{found} ({chance})"
 
 
 def budget_table(metrics: _Rows) -> Group:
@@ -474,10 +502,16 @@ def _scientific(value: object) -> str:
 
 def _seconds_of(stage: str) -> Callable[[Mapping[str, Any]], str]:
     def cell(row: Mapping[str, Any]) -> str:
-        text = number(_get(row, "seconds", stage), places=1)
+        audited = _finite(_get(row, "seconds", "audit")) if stage == "judge" else None
+        text = number(_add(_get(row, "seconds", stage), audited), places=1)
         return text + "*" if text != ABSENT and stage in (row.get("reused") or ()) else text
 
     return cell
+
+
+def _add(value: object, more: float | None) -> object:
+    found = _finite(value)
+    return value if found is None or more is None else found + more
 
 
 def _total(rows: Iterable[Mapping[str, Any]], *paths: tuple[str, str]) -> float | None:

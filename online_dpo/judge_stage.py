@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from online_dpo.arms import Arm
 from online_dpo.errors import JudgeError
-from online_dpo.files import digest_json
-from online_dpo.judging import AskedJudge, abstain_reasons, asks_policy, judge_all, mean_details
+from online_dpo.files import digest_json, write_json
+from online_dpo.judging import AskedJudge, Item, abstain_reasons, asks_policy, judge_all, mean_details
 from online_dpo.records import write_verdicts
 from online_dpo.rounds import Pinned
+from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, StageRecord
-from online_dpo.types import Candidate, Policy
+from online_dpo.types import Candidate, Policy, Prompt
+
+if TYPE_CHECKING:
+    from online_dpo.audit import Audit
 
 
 def judge_round(
     arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], sample: StageRecord
 ) -> StageRecord:
+    """Every candidate's verdict, or why there is none."""
+
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
         asked = _ready_judge(arm, pinned.source)
@@ -48,6 +54,60 @@ def judge_round(
         "max_abstain": str(arm.settings.max_abstain),
     }
     return folder.stage("judge", inputs, ["verdicts.parquet"], produce)
+
+
+def audit_round(
+    arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], sample: StageRecord
+) -> StageRecord | None:
+    """The judge audited on some of the round's prompts (audit.json); None where the experiment wants no audit."""
+    spec = arm.run.experiment.audit
+    if not spec.prompts:
+        return None
+
+    def produce(out: Path) -> dict[str, Any]:
+        from online_dpo.audit import audit_candidates
+
+        asked = _ready_judge(arm, pinned.source)
+        other = None if spec.against is None else arm.run.judge(spec.against, arm.settings.comparing)
+        items = _audit_sample(arm, folder.index, pinned.prompts, candidates)
+        pairs = sum(len(own) * (len(own) - 1) // 2 for _, own in items) * (1 if other is None else 2)
+        arm.run.progress.start(f"{arm.label} · round {folder.index} audit", pairs, "pairs")
+        audit = audit_candidates(asked, items, against=other, seed=arm.seed, advance=arm.run.progress.advance)
+        arm.run.progress.finish()
+        write_json(out / "audit.json", audit.as_dict())
+        return {**_audit_figures(audit), "ledger": audit.cost.ledger}
+
+    inputs = {
+        "candidates": sample.outputs["candidates.parquet"],
+        **_judge_inputs(arm, pinned.source),
+        "prompts": str(spec.prompts),
+        "seed": f"{arm.seed}/{folder.index}",
+        "against": "" if spec.against is None else arm.run.judge_digest(spec.against),
+    }
+    return folder.stage("audit", inputs, ["audit.json"], produce)
+
+
+def _audit_sample(arm: Arm, index: int, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Item]:
+    """`audit.prompts` of the round's prompts, drawn by the seed, with their candidates."""
+    drawn = sorted(prompts, key=lambda prompt: derive_seed(arm.seed, "audit", index, prompt.id))
+    own: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        own.setdefault(candidate.prompt_id, []).append(candidate)
+    return [(prompt, own[prompt.id]) for prompt in drawn[: arm.run.experiment.audit.prompts] if prompt.id in own]
+
+
+def _audit_figures(audit: Audit) -> dict[str, Any]:
+    """The figures that a table of rounds shows; all of them are in audit.json."""
+    shown = {
+        "ties": audit.ties,
+        "flips": audit.flips,
+        "intransitive": audit.intransitive,
+        "length_correlation": audit.length.spearman,
+        "longest_first": audit.length.longest_first,
+        "kappa": None if audit.agreement is None else audit.agreement.kappa,
+    }
+    figures = {key: None if value is None else value.as_dict() for key, value in shown.items()}
+    return {"prompts": audit.prompts, "longest_first_by_chance": audit.length.longest_first_by_chance, **figures}
 
 
 def _judge_inputs(arm: Arm, source: Policy) -> dict[str, str]:

@@ -13,7 +13,7 @@ from online_dpo.config import Experiment
 from online_dpo.errors import TrainingError
 from online_dpo.evaluate_stage import evaluate_policy, held_out_figures
 from online_dpo.files import digest_json
-from online_dpo.judge_stage import judge_round
+from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pairing import make_pairs
 from online_dpo.prompts import prompts_for_round
 from online_dpo.protocols import TrainStart, TrainStep
@@ -67,11 +67,12 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     candidates = read_candidates(folder.path / "candidates.parquet")
     judge = judge_round(arm, folder, pinned, candidates, sample)
     verdicts = read_verdicts(folder.path / "verdicts.parquet")
+    audit = audit_round(arm, folder, pinned, candidates, sample)
     pair = _pair(arm, folder, pinned, candidates, verdicts, (sample, judge))
     train = _train(arm, folder, pinned, candidates, pair)
     policy = arm.policies.at(folder.index)
     evaluate = evaluate_policy(arm, folder, policy)
-    stages = [sample, judge, pair, train, evaluate]
+    stages = [sample, judge, *([audit] if audit is not None else []), pair, train, evaluate]
     folder.close(
         {
             **_identity(arm, folder.index, policy),
@@ -80,6 +81,7 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
             "held_out": held_out_figures(arm, folder),
             "sample": sample.info,
             "judge": judge.info,
+            "audit": None if audit is None else audit.info,
             "pairs": pair.info,
             "train": train.info,
             "seconds": {record.stage: record.seconds for record in stages},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -179,3 +180,27 @@ def test_a_judge_that_asks_the_policy_finds_it_in_the_engine(tmp_path: Path, bes
 def test_a_judge_that_asks_the_policy_cannot_measure_it(beside: Path, judges: Any) -> None:
     with pytest.raises(ConfigError, match=r"name another judge in evaluation\.judge"):
         check_judges(experiment(judge="stage_judges:Own"), beside)
+
+
+def test_every_round_audits_its_judge_on_a_sample(tmp_path: Path, beside: Path, judges: Any) -> None:
+    """Two of three prompts, three candidates each: 6 pairs. "Longer" is never intransitive, and both orders agree;
+    against a judge of length (characters) it agrees on every pair: κ = 1."""
+    spec = {"prompts": 2, "against": {"use": "judges.length:LengthJudge", "unit": "characters"}}
+    run = world(tmp_path / "run", beside, judge="stage_judges:Longer", audit=spec).go()
+    stored = json.loads((run.folder("a", 1).path / "audit.json").read_text(encoding="utf-8"))
+    assert (stored["prompts"], stored["pairs"], stored["kind"]) == (2, 6, "candidates")
+    assert stored["flips"]["mean"] == 0.0
+    figures = run.metrics()["a", 1]["audit"]
+    assert figures["prompts"] == 2
+    assert figures["kappa"]["mean"] == 1.0
+    assert figures["flips"]["mean"] == 0.0
+    assert figures["intransitive"] is None or figures["intransitive"]["mean"] == 0.0
+    assert figures["longest_first_by_chance"] == pytest.approx(1 / 3)
+    # The round's own comparisons are on disk already: the audit asked nobody a second time.
+    assert figures["ledger"]["asked"] == 0
+
+
+def test_no_audit_where_none_is_wanted(tmp_path: Path, beside: Path, judges: Any) -> None:
+    run = world(tmp_path / "run", beside, judge="stage_judges:Longer").go()
+    assert run.metrics()["a", 1]["audit"] is None
+    assert not (run.folder("a", 1).path / "audit.json").exists()

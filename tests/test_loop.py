@@ -46,6 +46,7 @@ def experiment(**changes: Any) -> Experiment:
         "dpo": {"batch_size": 1},
         "rounds": 2,
         "arms": TWO_ARMS,
+        "audit": {"prompts": 0},
     }
     return validate_experiment(data | changes, "test")
 
