@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias
 
@@ -51,6 +51,16 @@ def read_probability(value: Any) -> Answer:
     if isinstance(answer, Opinion) and not 0.0 <= answer.value <= 1.0:
         return Abstention("returned a number outside [0, 1]")
     return answer
+
+
+def mean_numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each numeric detail (true is 1) over the rows that have it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                values.setdefault(key, []).append(float(value))
+    return {key: math.fsum(value / len(row) for value in row) for key, row in values.items()}
 
 
 def _number(value: Any) -> float | Abstention:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from online_dpo.config import ComparingSpec
 from online_dpo.errors import JudgeError, OnlineDPOError, one_line
-from online_dpo.judging.answers import Answer, read_list, read_probability, read_score
+from online_dpo.judging.answers import Answer, mean_numbers, read_list, read_probability, read_score
 from online_dpo.judging.cache import VerdictCache, answer_key
 from online_dpo.judging.calling import call_all
 from online_dpo.judging.compared import Compared
@@ -119,7 +119,10 @@ class AskedJudge:
     # --- scoring ---
 
     def scores(self, items: Sequence[Item]) -> list[list[Answer]]:
-        """One answer a candidate of each item. A pairwise judge's scores are the strengths of its comparisons."""
+        """One answer a candidate of each item. A pairwise judge's scores are the strengths of its comparisons.
+
+        Their details are the means of the numeric details of the comparisons that the candidate was in.
+        """
         if not isinstance(self.judge, PairwiseJudge):
             return self._pointwise(self.judge, items)
         return [
@@ -254,7 +257,10 @@ class AskedJudge:
                 faults.setdefault(row.second, outcome)
         values = strengths(n, outcomes, self.asking.comparing)
         other = ALONE if n < 2 else APART
-        return [faults.get(i, other) if value is None else Opinion(value) for i, value in enumerate(values)]
+        return [
+            faults.get(i, other) if value is None else Opinion(value, _details_of(i, compared))
+            for i, value in enumerate(values)
+        ]
 
     # --- asking ---
 
@@ -306,3 +312,9 @@ def _batches(places: list[int], size: int | None) -> Iterator[list[int]]:
         step = len(places) if size is None else size
         for start in range(0, len(places), step):
             yield places[start : start + step]
+
+
+def _details_of(candidate: int, compared: Sequence[Compared]) -> dict[str, float]:
+    """The means of the numeric details of a candidate's comparisons, both orders."""
+    said = [answer for row in compared if candidate in (row.first, row.second) for answer in (row.there, row.back)]
+    return mean_numbers(answer.details for answer in said if isinstance(answer, Opinion))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from online_dpo.errors import DataError, JudgeError
-from online_dpo.judging.answers import Answer
+from online_dpo.judging.answers import Answer, mean_numbers
 from online_dpo.judging.asked import AskedJudge
 from online_dpo.judging.interface import Abstention, Item, PairwiseJudge
 from online_dpo.judging.kinds import as_judge, judge_name
@@ -65,13 +65,7 @@ def abstain_reasons(verdicts: Iterable[Verdict | Abstain]) -> dict[str, int]:
 
 def mean_details(verdicts: Iterable[Verdict | Abstain]) -> dict[str, float]:
     """The mean of each numeric detail (true is 1) over the verdicts that have it."""
-    values: dict[str, list[float]] = {}
-    for verdict in verdicts:
-        if isinstance(verdict, Verdict):
-            for key, value in verdict.details.items():
-                if isinstance(value, int | float):
-                    values.setdefault(key, []).append(float(value))
-    return {key: sum(row) / len(row) for key, row in values.items()}
+    return mean_numbers(verdict.details for verdict in verdicts if isinstance(verdict, Verdict))
 
 
 def _by_prompt(prompts: Mapping[str, Prompt], candidates: Sequence[Candidate]) -> dict[str, list[int]]:
