@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -15,6 +16,8 @@ class SentimentJudge(PointwiseJudge):
 
     An answer without any word of the list scores 0: VADER's own verdict "neutral".
     """
+
+    cached: ClassVar[bool] = False
 
     def __init__(self, positive: bool = True) -> None:
         self.sign = 1.0 if positive else -1.0
