@@ -1,4 +1,4 @@
-"""The command line: run, resume, check, show. Loads nothing heavy before a command needs it."""
+"""The command line: init, run, resume, check, show, judge. Loads nothing heavy before a command needs it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import typer
 
 import online_dpo
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
+from online_dpo.commands.init import init
+from online_dpo.commands.judge_ask import judge_ask
+from online_dpo.commands.judge_audit import judge_audit
+from online_dpo.commands.judge_fit import judge_fit
+from online_dpo.commands.judge_train import judge_train
 from online_dpo.config import Experiment, load_experiment
 
 if TYPE_CHECKING:
@@ -28,10 +33,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+judge_app = typer.Typer(
+    help="Judges: audit one, fit or train one, be one.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+app.add_typer(judge_app, name="judge")
+judge_app.command("audit")(judge_audit)
+judge_app.command("fit")(judge_fit)
+judge_app.command("train")(judge_train)
+judge_app.command("ask")(judge_ask)
+
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="the experiment")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key; may be repeated")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed instead; may be repeated")]
+
+
+app.command("init")(init)
 
 
 @app.command()
