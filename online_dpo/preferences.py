@@ -194,14 +194,14 @@ def _answered(prompt: tuple[Message, ...] | None, value: Any, where: str) -> Ans
         turns = _turns(value)
         if not turns and prompt is not None:
             return prompt, value.strip()
+        if not turns and value.strip():
+            raise DataError(f"{where}: no prompt before the answer, and no column {', '.join(PROMPT_COLUMNS)}")
     elif isinstance(value, list):
         turns = tuple(to_message(turn, where) for turn in value)
         if len(turns) == 1 and prompt is not None and turns[0].role == "assistant":
             return prompt, turns[0].content.strip()
     else:
         raise DataError(f"{where}: text or a list of {{role, content}} is needed, found {type(value).__name__}")
-    if len(turns) < 2 and value:
-        raise DataError(f"{where}: no prompt before the answer, and no column {', '.join(PROMPT_COLUMNS)}")
     if not turns or turns[-1].role != "assistant":
         return turns, ""
     return turns[:-1], turns[-1].content.strip()
