@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def answer_key(judge: str, prompt: Prompt, candidates: Sequence[Candidate]) -> b
         hasher.update(b"\x00candidate")
         _add(hasher, candidate.text)
         _add(hasher, candidate.finish_reason)
-        hasher.update(",".join(map(str, candidate.token_ids)).encode())
+        hasher.update(array("q", [len(candidate.token_ids), *candidate.token_ids]).tobytes())
     return hasher.digest()
 
 

@@ -70,24 +70,28 @@ class _Threads(Generic[Task, Result]):
             for _ in range(self.workers):
                 self._hand()
             while self.began:
+                try:
+                    ended = self.ended.get(timeout=self._patience())
+                except queue.Empty:
+                    self._give_up()
+                    continue
+                yield from self._end(*ended)
                 if self.ended.empty():  # else an answer that came in time would be called late
                     self._give_up()
-                try:
-                    place, result, error = self.ended.get(timeout=self._patience())
-                except queue.Empty:
-                    continue
-                if self.began.pop(place, None) is None:
-                    continue  # given up before: it has been named as too late
-                self.fault = error if self.fault is None else self.fault
-                if error is None:
-                    # Kept by whoever asks before the next begins: what is checked then counts it.
-                    yield self.tasks[place], result  # type: ignore[misc] # a result of the call's own type
-                self._hand()
         finally:
             for _ in range(self.workers):
                 self.waiting.put(None)
         if self.fault is not None:
             raise self.fault
+
+    def _end(self, place: int, result: Result | None, error: BaseException | None) -> Iterator[tuple[Task, Result]]:
+        if self.began.pop(place, None) is None:
+            return  # given up before: it has been named as too late
+        self.fault = error if self.fault is None else self.fault
+        if error is None:
+            # Kept by whoever asks before the next begins: what is checked then counts it.
+            yield self.tasks[place], result  # type: ignore[misc] # a result of the call's own type
+        self._hand()
 
     def _hand(self) -> None:
         """Let the next task begin; after a fault nothing new does, and what runs is waited for."""

@@ -39,4 +39,5 @@ class Compared:
             return self.back
         if self.swapped() and disagreement != "average":
             return 0.5 if disagreement == "tie" else Abstention("the two orders disagree")
-        return (self.there.value + 1.0 - self.back.value) / 2.0
+        # Written so that equal answers in both orders are ½ to the last bit: a tie, never a tiny preference.
+        return 0.5 + (self.there.value - self.back.value) / 2.0

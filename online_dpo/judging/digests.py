@@ -135,6 +135,7 @@ def _imports(file: Path, module: str) -> Iterator[str]:
 
 def _file_digest(path: Path) -> str:
     try:
+        path.stat()  # `digest` takes what is not there for an empty folder
         return digest(path)
     except OSError as error:
         raise JudgeError(f"{path}, which a judge rests on, cannot be read: {one_line(error)}") from error

@@ -23,6 +23,8 @@ Outcomes = Mapping[Place, float | None]
 NEWTON_STEPS = 1000
 """Far more than strict concavity needs: a handful, some dozens at a tiny precision."""
 CONVERGED = 1e-10
+DIGITS = 9
+"""After the point: what lies below is rounding, and would make a preference of a tie."""
 
 
 def next_comparisons(n: int, spec: ComparingSpec, done: Outcomes) -> list[Place]:
@@ -138,7 +140,7 @@ def mean_wins(n: int, outcomes: Outcomes) -> list[float | None]:
         if p is not None:
             won[i].append(p)
             won[j].append(1.0 - p)
-    return [math.fsum(values) / len(values) if values else None for values in won]
+    return [round(math.fsum(values) / len(values), DIGITS) if values else None for values in won]
 
 
 def bradley_terry(n: int, outcomes: Outcomes, precision: float) -> list[float | None]:
@@ -157,7 +159,8 @@ def bradley_terry(n: int, outcomes: Outcomes, precision: float) -> list[float | 
     rows = np.arange(len(kept))
     sides[rows, [row[0] for row in kept]], sides[rows, [row[1] for row in kept]] = 1.0, -1.0
     s = _most_likely(sides, np.array([row[2] for row in kept]), precision)
-    return [float(s[number[candidate]]) if candidate in number else None for candidate in range(n)]
+    # The sum of 0.0 makes −0.0 plain zero.
+    return [round(float(s[number[i]]), DIGITS) + 0.0 if i in number else None for i in range(n)]
 
 
 def _most_likely(sides: NDArray[np.float64], p: NDArray[np.float64], precision: float) -> NDArray[np.float64]:
@@ -207,7 +210,7 @@ def tree_strengths(n: int, outcomes: Outcomes, spec: ComparingSpec) -> list[floa
                 found[j] = found[i] - difference
                 reached.append(j)
     mean = math.fsum(found.values()) / len(found)
-    return [found[i] - mean if i in found else None for i in range(n)]
+    return [round(found[i] - mean, DIGITS) + 0.0 if i in found else None for i in range(n)]
 
 
 def _apart(p: float, spec: ComparingSpec) -> float:
