@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from judges.llm_base import CRITERIA
 from judges.llm_prompts import Chat, Filled, Template, conversation, own_template
 from judges.llm_slots import Slots
 from online_dpo.errors import JudgeError
@@ -27,7 +28,6 @@ from online_dpo.judging import (
 )
 from online_dpo.types import Candidate, Message, Prompt
 
-CRITERIA = "It answers the request, is correct, is clear, and is no longer than it needs to be."
 TOO_LONG = Abstention("too long for the engine")
 TOO_LITTLE = Abstention("verdict not among the options")
 
@@ -49,8 +49,7 @@ class _SelfAsking:
 
     def fill(self, texts: Mapping[str, tuple[str, str]], plain: Mapping[str, str]) -> Filled:
         """One question, strangers' texts fenced."""
-        fenced, code = self.slots.fence(texts)
-        return self.template.fill(fenced, {"criteria": self.criteria, **plain}, code)
+        return self.template.fill(self.slots.fence(texts), {"criteria": self.criteria, **plain})
 
     def expect(self, questions: Sequence[Filled], options: Mapping[str, float]) -> list[Score]:
         """The expected value of `options` under the policy, one for each question."""
