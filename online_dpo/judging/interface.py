@@ -63,7 +63,8 @@ class BaseJudge:
     """How many calls may run at once, in threads: for judges that wait for a network."""
 
     cached: ClassVar[bool] = True
-    """Whether answers are kept on disk. Turn it off where asking is as cheap as looking up."""
+    """Whether answers are kept on disk. Turn it off where asking is as cheap as looking up, or where an answer depends
+    on more than the prompt's id and messages and the candidates' texts, tokens and finish reasons (their log-probs)."""
 
     own_process: ClassVar[bool] = False
     """Whether a run gives the judge a Ray actor of its own (`actor:` in the experiment does so for any judge)."""

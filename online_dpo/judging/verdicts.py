@@ -87,7 +87,7 @@ def _chunks(groups: list[tuple[str, list[int]]], asked: AskedJudge) -> Iterator[
 
 
 def _chunk_size(asked: AskedJudge, candidates: int) -> int | None:
-    """None: all prompts at once. A judge made of judges gets as many as those would."""
+    """None: all prompts at once. A judge made of judges says itself how many it takes (`batch_prompts`)."""
     calls = asked.concurrent * (ROUNDS_OF_CALLS if asked.concurrent > 1 else 1)
     if asked.batch is None:
         return None
