@@ -21,7 +21,7 @@ from online_dpo.commands.init import STARTER, init
 from online_dpo.config import load_experiment
 from online_dpo.judging import Abstention, Score
 from online_dpo.models import PACKAGED
-from online_dpo.types import Candidate, FinishReason, Message, Prompt
+from online_dpo.types import Candidate, Message, Prompt
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +118,9 @@ def test_check_passes_on_it(tmp_path: Path, small_model: Path) -> None:
 def test_a_mistake_in_the_judges_keys_is_told(tmp_path: Path, small_model: Path) -> None:
     write(tmp_path / "first", "--model", small_model)
     file = str(tmp_path / "first" / "experiment.yaml")
-    result = CliRunner().invoke(online_dpo, ["check", file, "--set", "judge.wrods=3"])
+    result = CliRunner().invoke(online_dpo, ["check", file, "--set", "judge.leters=3"])
     assert result.exit_code == 2
-    assert "unknown key 'wrods' (did you mean 'words'?)" in result.stderr
+    assert "unknown key 'leters' (did you mean 'letters'?)" in result.stderr
 
 
 def test_every_key_of_the_experiment_is_one_and_no_prompt_comes_twice(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_every_key_of_the_experiment_is_one_and_no_prompt_comes_twice(tmp_path: 
     # Every round gets prompts that no earlier one had.
     assert experiment.prompts.per_round * experiment.rounds + experiment.prompts.held_out <= len(rows)
     used = yaml.safe_load((tmp_path / "experiment.yaml").read_text(encoding="utf-8"))
-    assert used["judge"]["use"] == "my_judge:PlainAnswer"
+    assert used["judge"]["use"] == "my_judge:PlainWords"
 
 
 def starter_judge(folder: Path) -> ModuleType:
@@ -146,24 +146,23 @@ def starter_judge(folder: Path) -> ModuleType:
 
 
 def test_the_judge_likes_what_it_says_it_likes(tmp_path: Path) -> None:
-    """With 4 words wanted: four different ones and an end, 1 + 1; cut off 1; five words 1 − ¼, ended 1, so 1.75;
-    eight words, all different, 0 + 1; "no no no no." 1 + 1 − ¾; nine words with an end 0 + 1, for 1 − 5/4 < 0."""
+    """With words of at most 4 letters: 4 of 5 ("isn't" has five); 3 of 5 (but "makes" and "rivers"); of words in
+    another script none; "no" five times: 5 of 5, and of its 4 pairs 3 were there before, 1 − ¾; then too few."""
 
-    def scores(*answers: tuple[str, FinishReason]) -> list[Score]:
-        candidates = [Candidate("p", i, text, (), (), finish, 0) for i, (text, finish) in enumerate(answers)]
-        judge: Any = starter_judge(tmp_path / "new").PlainAnswer(words=4)
+    def scores(*answers: str) -> list[Score]:
+        candidates = [Candidate("p", i, text, (), (), "stop", 0) for i, text in enumerate(answers)]
+        judge: Any = starter_judge(tmp_path / "new").PlainWords(letters=4)
         found: list[Score] = judge.score(Prompt("p", (Message("user", "Why?"),), ()), candidates)
         return found
 
     assert scores(
-        ("Rain makes rivers rise.", "stop"),
-        ("Rain makes rivers rise", "length"),
-        ("Rain makes the rivers rise!", "stop"),
-        ("One two three four five six seven eight?", "stop"),
-        ("No, no no no.", "stop"),
-        ("One two three four five six seven eight nine.", "stop"),
-        ("  \n", "stop"),
-    ) == [2.0, 1.0, 1.75, 1.0, 1.25, 1.0, Abstention("empty answer")]
+        "The **sea** isn't so far!",
+        "Rain makes the rivers rise.",
+        "море и небо и дом тут",
+        "No, no: no (no) no.",
+        "Four words - at most.",
+        " \n",
+    ) == [0.8, 0.6, 0.0, 0.25, Abstention("fewer than 5 words"), Abstention("fewer than 5 words")]
 
 
 def test_the_readme_names_the_files_and_the_run_folder_that_there_will_be(tmp_path: Path) -> None:
@@ -176,4 +175,4 @@ def test_the_readme_names_the_files_and_the_run_folder_that_there_will_be(tmp_pa
         ("show", "runs/first"),
         ("judge ask", "runs/first"),
     ]
-    assert set(re.findall(r"`(\w+\.\w+)`", readme)) - {"PlainAnswer.score"} == set(STARTER) - {"README.md"}
+    assert set(re.findall(r"`(\w+\.\w+)`", readme)) - {"PlainWords.score"} == set(STARTER) - {"README.md"}
