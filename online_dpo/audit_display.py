@@ -140,8 +140,9 @@ def _length_lines(audit: Audit) -> list[Line]:
     if length.accuracy_longer_better is not None:
         found.append(_share("right: longer is better", length.accuracy_longer_better, "people chose the longer"))
     if length.longest_first is not None:
-        chance = number(None if length.longest_first_by_chance is None else 100 * length.longest_first_by_chance)
-        found.append(_share("longest ranked first", length.longest_first, f"of prompts; {chance} % by chance"))
+        chance = length.longest_first_by_chance
+        by_chance = number(None if chance is None else 100 * chance, places=1)
+        found.append(_share("longest ranked first", length.longest_first, f"of prompts; {by_chance} % by chance"))
     return found
 
 

@@ -26,8 +26,8 @@ def test_rate_of_repeated_rows_is_that_of_the_prompts() -> None:
     n, p, z = 100 / 11, 0.6, 1.959963984540054
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    assert (found.mean, found.n) == (pytest.approx(0.6), 100)
-    assert (found.low, found.high) == (pytest.approx(centre - half), pytest.approx(centre + half))
+    assert (found.mean, found.n) == pytest.approx((0.6, 100))
+    assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
 
 
 def test_opposite_rows_of_a_prompt_never_narrow_the_interval() -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LengthUnit = Literal["characters", "words"]
 Opened = tuple[JudgeSpec, list[Path]]
 YAML = (".yaml", ".yml")
+SHOWN = 40
+"""Characters of a setting's value that the judge's name in tables holds."""
 
 
 def judge_audit(
@@ -96,7 +98,7 @@ def _open(opened: Opened, cache: VerdictCache | None) -> AskedJudge:
     asked = open_judge(spec, folders, Asking(cache=cache))
     if asked.uses_policy:
         raise JudgeError(f"judge '{spec.use}' asks the policy of a round: there is none to audit it with")
-    settings = ", ".join(f"{key}={value}" for key, value in spec.params.items())
+    settings = ", ".join(f"{key}={value!s:.{SHOWN}}" for key, value in spec.params.items())
     asked.name = f"{spec.use} ({settings})" if settings else spec.use
     return asked
 
