@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.display import QuietProgress
-from online_dpo.errors import ConfigError
+from online_dpo.errors import ConfigError, TrainingError, one_line
 from online_dpo.files import digest, remove, sync_folder, sync_tree, write_json
+from online_dpo.judging import import_object
 from online_dpo.models import ResolvedModel, load_tokenizer
 from online_dpo.preferences import Preference, PreferenceSet
 from online_dpo.reward_card import held_out_figures
@@ -56,14 +58,12 @@ def train_reward_model(
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from online_dpo.backends.reward_cluster import reward_workers
 
-    aside = out.with_name(f".{out.name}.training")
-    remove(aside)
+    aside = _aside(out)
     progress.say(f"{len(data.train.pairs)} pairs to train on, {len(data.held_out.pairs)} held out; starting workers")
     try:
         with reward_workers(model.path, spec) as trainer:
             steps = _train(trainer, data.train.pairs, spec, progress)
             figures = _evaluate(trainer, data.held_out, spec, progress)
-            aside.mkdir(parents=True)
             trainer.save(aside)
         card = {
             "model": {"name": model.name, "digest": model.digest},
@@ -87,22 +87,31 @@ def check_free(out: Path) -> None:
         raise ConfigError(f"{out} is there already: name a folder that is not, or is empty")
 
 
+def _aside(out: Path) -> Path:
+    """A fresh folder beside `out`: made before the work, so that a disk that cannot be written to shows at once."""
+    aside = out.with_name(f".{out.name}.training")
+    try:
+        remove(aside)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out.parent}: {one_line(error)}") from error
+    return aside
+
+
 def prepare(model: ResolvedModel, preferences: PreferenceSet, spec: RewardSpec) -> Data:
     """Token ids of all pairs that `model` can read, split by prompt."""
     from transformers import AutoConfig
-
-    from online_dpo.judging import import_object
 
     tokenizer = load_tokenizer(model.path)
     limit = import_object("judges._classifier:token_limit")(
         AutoConfig.from_pretrained(model.path), tokenizer, spec.max_length
     )
     encoded = encode(preferences.pairs, tokenizer, limit)
-    parts = [
+    train, held_out = (
         Part(tuple(encoded.preferences[i] for i in places), tuple(encoded.pairs[i] for i in places))
         for places in split_by_prompt(encoded.preferences, spec.held_out, spec.seed)
-    ]
-    return Data(*parts, dropped={**preferences.dropped, "too_long": encoded.too_long})
+    )
+    return Data(train, held_out, {**preferences.dropped, "too_long": encoded.too_long})
 
 
 def _train(
@@ -121,6 +130,8 @@ def _evaluate(trainer: RayRewardTrainer, part: Part, spec: RewardSpec, progress:
     progress.start("held out", len(part.pairs), "pairs")
     rows = [row for pair in part.pairs for row in (pair.chosen, pair.rejected)]
     scores = trainer.scores(rows, 2 * spec.micro_batch_size)
+    if not all(map(math.isfinite, scores)):
+        raise TrainingError("a held-out reward is not finite after the last step; nothing was saved")
     progress.advance(len(part.pairs))
     progress.finish()
     return held_out_figures(part.preferences, scores[0::2], scores[1::2], spec.seed)
