@@ -122,23 +122,23 @@ class ChatClient:
         return body
 
     def _try(self, body: dict[str, Any]) -> Reply | Fault:
-        """One request."""
+        """One request. What the client says is not chained to errors: a server may repeat the key in it."""
         import openai
 
         completions = self._client().chat.completions.with_raw_response
         try:
             raw = completions.create(**body, extra_body=dict(self.server.extra_body))
-        except openai.NotFoundError as error:
-            raise self._final(f"status 404{self._nearest_model()}") from error
+        except openai.NotFoundError:
+            raise self._final(f"status 404{self._nearest_model()}") from None
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             name = self.server.api_key_env or "OPENAI_API_KEY"
             what = f"the key in {name} is refused" if self._key else f"it wants a key, and {name} holds none"
-            raise self._final(f"status {error.status_code}: {what}") from error
+            raise self._final(f"status {error.status_code}: {what}") from None
         except openai.APIError as error:
             try:
                 return fault_of(error)
             except JudgeError as final:
-                raise self._final(str(final)) from error
+                raise self._final(str(final)) from None
         return parse_reply(raw.text) or Fault(server=False, said="the reply has no valid form")
 
     def _wait(self, fault: Fault, failures: int, waited: float) -> None:
@@ -147,8 +147,9 @@ class ChatClient:
         # Random, and never before the server asked for: not all threads at once.
         pause = growing * random.uniform(0.5, 1.0)
         if fault.retry_after is not None:
-            pause = fault.retry_after + random.uniform(0.0, min(fault.retry_after / 4.0, 1.0))
-        if waited + pause > self.server.patience_s:
+            least = max(fault.retry_after, FIRST_WAIT_S)
+            pause = least * random.uniform(1.0, 1.0 + min(0.25, 1.0 / least))
+        if fault.server and waited + pause > self.server.patience_s:
             asked = f"; it asks for {fault.retry_after:g} s" if fault.retry_after else ""
             raise self._final(
                 f"{fault.said}; waited for {waited:.0f} s of patience_s {self.server.patience_s:g}{asked}; "
@@ -177,8 +178,8 @@ class ChatClient:
         import openai
 
         try:
-            served = [model.id for model in self._client().models.list()]
-        except (openai.OpenAIError, TypeError, AttributeError):
+            served = [str(model.id) for model in self._client().models.list()]
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError):  # the list may have any form
             return ": is base_url right? it usually ends in /v1"
         if self.server.model in served:
             return ": it has the model and not this path: is base_url right?"
