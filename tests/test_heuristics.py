@@ -125,6 +125,11 @@ def test_sentences_are_counted(text: str, count: int) -> None:
     assert sentences(text) == count
 
 
+def test_a_row_of_dots_takes_linear_time() -> None:
+    """In quadratic time this would run into the time limit of tests."""
+    assert sentences("." * 300_000 + "x") == 1
+
+
 @pytest.mark.parametrize(
     ("word", "count"),
     [("cat", 1), ("table", 2), ("make", 1), ("makes", 1), ("places", 2), ("asked", 1), ("wanted", 2), ("idea", 3),

@@ -119,6 +119,14 @@ def test_no_text_breaks_the_reader(text: str) -> None:
     assert final_text(text) in text
 
 
+@pytest.mark.parametrize("part", ["answer is ", "####", r"\boxed{", "9", "- "])
+def test_long_hostile_answers_take_linear_time(part: str) -> None:
+    """In quadratic time these would run into the time limit of tests."""
+    text = part * (200_000 // len(part))
+    assert final_number(text) is None
+    assert len(final_text(text)) <= len(text)
+
+
 def test_a_percent_sign_is_a_unit_or_a_factor() -> None:
     half, fifty, percent = Number(Fraction(1, 2)), Number(Fraction(50)), Number(Fraction(50), percent=True)
     assert percent.equals(half)
