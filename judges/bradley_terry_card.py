@@ -149,7 +149,8 @@ def page(card: Card) -> str:
             f"`judges.bradley_terry:BradleyTerryJudge` reads this folder. Every figure is over pairs held out in "
             f"{card.folds}-fold cross-validation; pairs of one prompt are in one fold. Intervals are 95%.",
             "",
-            f'"The longer answer wins" (characters, ties one half): {_share(card.longer_wins)}.',
+            f'"The longer answer wins" (characters, ties one half): {_share(card.longer_wins)}; '
+            f'"the shorter wins": {1 - card.longer_wins.mean:.3f}.',
             "",
             "| score | right, over pairs | right, over folds | minus longer wins | Brier | log loss | prefers longer |",
             "|---|---|---|---|---|---|---|",

@@ -78,7 +78,7 @@ def judge_fit(
 
 
 def _print(card: Mapping[str, Any], found: PreferenceSet, output: Path) -> None:
-    from online_dpo.display import clean, interval, make_console
+    from online_dpo.display import clean, interval, make_console, number
 
     console = make_console()
     for part in (_figures(card), _reliability(card)):
@@ -86,7 +86,8 @@ def _print(card: Mapping[str, Any], found: PreferenceSet, output: Path) -> None:
         console.print()
     lines = [
         card["verdict"],
-        f"'The longer answer wins' is right on {interval(card['longer_wins'])} of these pairs; 95 % intervals.",
+        f"'The longer answer wins' is right on {interval(card['longer_wins'])} of these pairs, "
+        f"'the shorter wins' on {number(1 - card['longer_wins']['mean'], places=3)}; intervals are 95 %.",
         f"{card['pairs']} pairs on {card['prompts']} prompts; fitted in {card['fit_seconds']:.1f} s, "
         f"cross-validated in {card['validation_seconds']:.1f} s",
     ]
