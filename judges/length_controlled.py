@@ -31,13 +31,13 @@ class LengthControlledJudge(PointwiseJudge):
 
     Length-controlled AlpacaEval (Dubois et al. 2024) takes length out by a logistic model of one player's wins; this
     is the linear version for any scores. It takes out what longer answers earn by being better, too. The whole round
-    is judged at once. One answer a prompt has no spread within it: its score stays as it is, so that this is no use
-    for an evaluation judge that scores.
+    is judged at once. Held-out answers are judged beside the initial policy's: one alone has no spread to fit.
 
     Details: `raw` (the score before), `slope` (a unit of length), `r2`.
     """
 
     cached: ClassVar[bool] = False
+    relative: ClassVar[bool] = True
     judge_params: ClassVar[tuple[str, ...]] = ("judge",)
     batch_prompts = None
 

@@ -101,6 +101,7 @@ class LLMRankingJudge(LLMBase, PointwiseJudge):
 
     orders: int = 2
 
+    relative: ClassVar[bool] = True
     data_files: ClassVar[tuple[Path, ...]] = (own_template("ranking"),)
     template_name: ClassVar[str] = "ranking"
     slot_fields: ClassVar[tuple[str, ...]] = ("prompt", "answers")

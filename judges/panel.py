@@ -33,7 +33,8 @@ class PanelJudge(PointwiseJudge):
     place among the prompt's candidates, in [0, 1], equals sharing theirs: all judges have the same say on each
     prompt. raw — as they are: for judges of one unit, or weights that make it one. Majority takes no scale.
 
-    But for raw, a score tells the prompt's candidates apart and nothing else: a candidate alone abstains.
+    A score tells the prompt's candidates apart and nothing else: held-out answers are judged beside the initial
+    policy's. But for raw, a candidate alone abstains.
 
     abstain: any — a candidate abstains where one judge does, so that all are scored by the same judges; all — only
     where all judges do; the others' weights then stand alone.
@@ -43,6 +44,7 @@ class PanelJudge(PointwiseJudge):
     """
 
     cached: ClassVar[bool] = False
+    relative: ClassVar[bool] = True
     judge_params: ClassVar[tuple[str, ...]] = ("judges",)
 
     def __init__(

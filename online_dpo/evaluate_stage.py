@@ -68,10 +68,10 @@ def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecor
 def _held_out_verdicts(
     arm: Arm, folder: RoundFolder, asked: AskedJudge, answers: Sequence[Candidate]
 ) -> list[Verdict | Abstain]:
-    """The answers' scores. A judge that only compares gives the probability of beating the initial policy's answer."""
+    """The answers' scores. One that says something only of two gives the chance of beating the initial's."""
     prompts = {prompt.id: prompt for prompt in arm.run.held_out}
     most = arm.settings.max_abstain
-    if not asked.pairwise:
+    if not asked.relative:
         return judge_all(asked, prompts, answers, max_abstain=most)
     initial: Sequence[Candidate] = answers
     if folder.index:

@@ -229,3 +229,14 @@ def test_a_key_that_changes_no_verdict_may_change_within_a_run(tmp_path: Path, b
     with pytest.raises(RunFolderError, match=r"differs in judge\.extra"):
         open_or_create(resolved(pace=8, extra=2))
     assert open_or_create(resolved(pace=8)).experiment.judge.params == {"pace": 8}
+
+
+def test_a_judge_whose_scores_are_relative_measures_by_comparison(tmp_path: Path, beside: Path) -> None:
+    """A panel scores within a prompt alone. On held-out prompts it sees both answers: here the longer one wins."""
+    members = [{"use": "judges.length:LengthJudge", "unit": unit} for unit in ("characters", "characters")]
+    run = world(tmp_path / "run", beside, judge={"use": "judges.panel:PanelJudge", "judges": members}).go()
+    before, after = (read_held_out(run.folder("a", index).path / "held_out.parquet") for index in (0, 1))
+    lengths = [(len(old.candidate.text), len(new.candidate.text)) for old, new in zip(before, after, strict=True)]
+    assert [row.score for row in before] == [0.5] * len(HELD_OUT)
+    assert [row.score for row in after] == [0.5 if new == old else float(new > old) for old, new in lengths]
+    assert any(new != old for old, new in lengths)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from online_dpo.errors import JudgeError
 from online_dpo.judging.asked import AskedJudge
+from online_dpo.judging.answers import Answer
 from online_dpo.judging.interface import Abstention, Item
 from online_dpo.judging.verdicts import check_abstentions
 from online_dpo.types import Abstain, Candidate, Prompt, Verdict
@@ -23,17 +24,15 @@ def judge_against(
 ) -> list[Verdict | Abstain]:
     """For each of `answers`: the probability, in [0, 1], that it is better than the one of `others` in its place.
 
-    Both orders are asked. An answer against itself (the same text) is ½ and nobody is asked.
-    Raises `JudgeError` when the judge scores instead of comparing, or abstains on more than `max_abstain`.
+    A judge that compares is asked in both orders; of one that scores, the higher score wins (1, 0, or ½ when equal).
+    An answer against itself (the same text) is ½ and nobody is asked.
+    Raises `JudgeError` when the judge abstains on more than the share `max_abstain`.
     """
-    if not asked.pairwise:
-        raise JudgeError(f"judge '{asked.name}' scores, it does not compare")
-    pairs = list(zip(answers, others, strict=True))
+    pairs = [(one, replace(other, index=one.index + 1)) for one, other in zip(answers, others, strict=True)]
     differ = [place for place, (one, other) in enumerate(pairs) if one.text != other.text]
     items: list[Item] = [(prompts[pairs[place][0].prompt_id], pairs[place]) for place in differ]
     results: list[Verdict | Abstain] = [Verdict(one.prompt_id, one.index, EQUAL) for one in answers]
-    for place, compared in zip(differ, asked.comparisons(items), strict=True):
-        outcome = asked.outcome(compared[0])
+    for place, outcome in zip(differ, _outcomes(asked, items), strict=True):
         one = answers[place]
         if isinstance(outcome, Abstention):
             results[place] = Abstain(one.prompt_id, one.index, outcome.reason)
@@ -42,3 +41,18 @@ def judge_against(
     abstained = [result for result in results if isinstance(result, Abstain)]
     check_abstentions(asked, abstained, len(results), len(results), max_abstain)
     return results
+
+
+def _outcomes(asked: AskedJudge, items: Sequence[Item]) -> list[float | Abstention]:
+    """The probability that the first of each item's two is better."""
+    if asked.pairwise:
+        return [asked.outcome(compared[0]) for compared in asked.comparisons(items)]
+    return [_higher(*row) for row in asked.scores(items)]
+
+
+def _higher(one: Answer, other: Answer) -> float | Abstention:
+    if isinstance(one, Abstention):
+        return one
+    if isinstance(other, Abstention):
+        return other
+    return 0.5 if one.value == other.value else float(one.value > other.value)

@@ -73,6 +73,11 @@ class AskedJudge:
         return isinstance(self.judge, PairwiseJudge)
 
     @property
+    def relative(self) -> bool:
+        """Whether an answer's score means something only beside another's."""
+        return self.pairwise or self.judge.relative or any(judge.relative for judge in self.inner)
+
+    @property
     def batch(self) -> int | None:
         """How many prompts, or comparisons, one call takes; None: as many as there are."""
         if isinstance(self.judge, PairwiseJudge):

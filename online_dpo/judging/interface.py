@@ -72,6 +72,10 @@ class BaseJudge:
     uses_policy: ClassVar[bool] = False
     """Whether the round's source policy is part of the judge: `attach` gives it before every round."""
 
+    relative: ClassVar[bool] = False
+    """Whether a candidate's score means something only beside the others of its prompt (a rank, a share of wins).
+    Held-out answers are then compared with the initial policy's, as a `PairwiseJudge`'s always are."""
+
     code_params: ClassVar[tuple[str, ...]] = ()
     """Constructor keys whose value names code as "module:name": its source file is part of the judge's digest."""
 

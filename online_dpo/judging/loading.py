@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -86,16 +86,25 @@ def inner_specs(spec: JudgeSpec, key: str) -> list[JudgeSpec]:
 
 
 def compares(spec: JudgeSpec, folders: Sequence[Path]) -> bool:
-    """Whether the judge of `spec` compares; else it scores."""
-    return callable(getattr(judge_class(spec, folders), "prefer", None))
+    """Whether the judge of `spec` says something of an answer only beside another (`AskedJudge.relative`)."""
+    return any(
+        callable(getattr(kind, "prefer", None)) or getattr(kind, "relative", False) for kind in _classes(spec, folders)
+    )
 
 
 def asks_policy(spec: JudgeSpec, folders: Sequence[Path]) -> bool:
     """Whether the judge of `spec`, or one that it is made of, asks the round's source policy (`uses_policy`)."""
+    return any(getattr(kind, "uses_policy", False) for kind in _classes(spec, folders))
+
+
+def _classes(spec: JudgeSpec, folders: Sequence[Path]) -> Iterator[type]:
+    """The class of `spec` and those of the judges that it is made of."""
     kind = judge_class(spec, folders)
-    keys = [key for key in getattr(kind, "judge_params", ()) if spec.params.get(key) is not None]
-    inner = [one for key in keys for one in inner_specs(spec, key)]
-    return bool(getattr(kind, "uses_policy", False)) or any(asks_policy(one, folders) for one in inner)
+    yield kind
+    for key in getattr(kind, "judge_params", ()):
+        if spec.params.get(key) is not None:
+            for one in inner_specs(spec, key):
+                yield from _classes(one, folders)
 
 
 def find_file(name: str, folders: Sequence[Path]) -> str:

@@ -66,22 +66,22 @@ def _swiss_wave(n: int, waves: int, done: Outcomes) -> list[Place]:
         p = 0.5 if outcome is None else outcome  # an abstention moves nobody
         met[i], met[j] = met[i] + 1, met[j] + 1
         record[i], record[j] = record[i] + p, record[j] + 1.0 - p
-    if len(done) >= schedule_size(n, ComparingSpec(schedule="swiss", waves=waves)) or max(met) >= waves:
+    left = schedule_size(n, ComparingSpec(schedule="swiss", waves=waves)) - len(done)
+    if left <= 0 or max(met) >= waves:
         return []
     # To sit out counts as a win, or the best would not meet the others that never lost.
     points = [record[i] + max(met) - met[i] for i in range(n)]
     # Who sat out goes first, so that nobody sits out twice while another has not.
     order = sorted(range(n), key=lambda i: (met[i], -points[i], i))
     playing = sorted(order[: n - n % 2], key=lambda i: (-points[i], i))
-    return _matched(playing, set(done))
+    return _matched(playing, set(done))[:left]
 
 
 def _matched(playing: list[int], done: set[Place]) -> list[Place]:
     """Each of `playing` with the nearest below that it has not met.
 
     Two that are left over take another pair apart where both find a partner in it. Such a pair exists as long as each
-    has not met half of the others: the two then have more open comparisons than one to each member of each pair, so
-    some pair has three of its four open.
+    has met fewer than half of those that play: the two then have more than two open comparisons to some pair.
     """
     wave: list[Place] = []
     left: list[int] = []
