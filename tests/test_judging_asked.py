@@ -273,7 +273,14 @@ def test_a_judge_that_scores_cannot_compare() -> None:
 
 
 def test_details_stand_beside_the_score_and_come_back_from_the_cache(cache: VerdictCache) -> None:
-    told: dict[str, Any] = {"sure": True, "why": "short", "share": np.float32(0.5), "count": 3, "none": None, "odd": float("nan")}
+    told: dict[str, Any] = {
+        "sure": True,
+        "why": "short",
+        "share": np.float32(0.5),
+        "count": 3,
+        "none": None,
+        "odd": float("nan"),
+    }
     kept = {"sure": True, "why": "short", "share": 0.5, "count": 3.0, "none": None, "odd": None}
     for judge in (Answers({"p": [Opinion(1.0, told)]}), Answers({})):  # the second has nothing to say
         (result,) = judge_all(asked_with(judge, cache), PROMPTS, [answer("p", 0)], max_abstain=0)
@@ -348,7 +355,7 @@ def test_the_same_answer_twice_is_asked_for_once_so_that_a_second_run_says_the_s
     assert next(moods) == 0.3
     prompt_p, answers = same
     alone = Alone()
-    assert len(asked_with(alone, cache).scores([(prompt_p, answers)])[0]) == 2
+    assert [len(row) for row in asked_with(alone, cache).scores([(prompt_p, answers)] * 2)] == [2, 2]
     assert alone.seen == [("p", 0)]
 
 
