@@ -17,7 +17,7 @@ from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.types import Candidate, Policy, Prompt
 
 if TYPE_CHECKING:
-    from online_dpo.audit import Audit
+    from online_dpo.audit.auditing import Audit
 
 
 def judge_round(
@@ -65,7 +65,7 @@ def audit_round(
         return None
 
     def produce(out: Path) -> dict[str, Any]:
-        from online_dpo.audit import audit_candidates
+        from online_dpo.audit.auditing import audit_candidates
 
         asked = _ready_judge(arm, pinned.source)
         other = None if spec.against is None else arm.run.judge(spec.against, arm.settings.comparing)

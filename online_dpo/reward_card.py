@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from online_dpo import audit_intervals as intervals
-from online_dpo.audit_calibration import Calibration, as_log_odds
-from online_dpo.audit_intervals import Floats
+from online_dpo.audit import intervals
+from online_dpo.audit.calibration import Calibration, as_log_odds
+from online_dpo.audit.intervals import Floats
 from online_dpo.preferences import Preference, group_of
 
 

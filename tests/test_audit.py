@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from judges.length import LengthJudge
-from online_dpo.audit import Audit, audit_candidates, audit_labelled
+from online_dpo.audit.auditing import Audit, audit_candidates, audit_labelled
 from online_dpo.config import ComparingSpec
 from online_dpo.judging import (
     Abstention,

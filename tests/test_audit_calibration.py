@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from online_dpo import audit_calibration as calibration
+from online_dpo.audit import calibration
 
 
 def test_brier_log_loss_and_error_by_hand() -> None:

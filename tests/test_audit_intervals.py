@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from online_dpo import audit_intervals as intervals
+from online_dpo.audit import intervals
 from online_dpo.measure import mean_interval, win_rate
 
 

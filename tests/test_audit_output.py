@@ -13,9 +13,9 @@ from rich.console import Console
 from test_audit import PAIRS, TABLE, Says, Scores, asked, both, item, pair, wins
 from typer.testing import CliRunner, Result
 
-from online_dpo.audit import Audit, audit_candidates, audit_labelled
-from online_dpo.audit_display import audit_table, markdown_header, markdown_row, notes
-from online_dpo.audit_figures import draw_audit
+from online_dpo.audit.auditing import Audit, audit_candidates, audit_labelled
+from online_dpo.audit.display import audit_table, markdown_header, markdown_row, notes
+from online_dpo.audit.figures import draw_audit
 from online_dpo.commands.judge_audit import judge_audit
 from online_dpo.judging import Abstention
 

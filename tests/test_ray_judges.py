@@ -109,7 +109,7 @@ def test_an_exception_there_abstains_for_its_prompt_alone(far: Callable[..., Any
 
 
 def test_a_process_that_dies_ends_the_run_in_one_line(far: Callable[..., Any]) -> None:
-    with pytest.raises(JudgeError, match="far_judges:Far.*its process ended") as caught:
+    with pytest.raises(JudgeError, match=r"far_judges:Far.*its process ended") as caught:
         judge_all(far(fail="die"), PROMPTS, CANDIDATES, max_abstain=1)
     assert "\n" not in str(caught.value)
 
@@ -123,7 +123,7 @@ def test_a_pairwise_judge_keeps_its_kind(far: Callable[..., Any]) -> None:
 
 
 def test_a_wrong_key_is_its_own_error(far: Callable[..., Any]) -> None:
-    with pytest.raises(JudgeError, match="unknown key 'fial'.*did you mean 'fail'"):
+    with pytest.raises(JudgeError, match=r"unknown key 'fial'.*did you mean 'fail'"):
         far(fial="q")
 
 

@@ -14,8 +14,8 @@ from online_dpo.config import JudgeSpec, apply_override, describe, read_yaml
 from online_dpo.errors import ConfigError, JudgeError
 
 if TYPE_CHECKING:
-    from online_dpo.audit import Audit
-    from online_dpo.audit_asking import Advance
+    from online_dpo.audit.asking import Advance
+    from online_dpo.audit.auditing import Audit
     from online_dpo.judging import AskedJudge, VerdictCache
     from online_dpo.preferences import PreferenceSet
 
@@ -104,7 +104,7 @@ def _open(opened: Opened, cache: VerdictCache | None) -> AskedJudge:
 
 
 def _audit(asked: Sequence[AskedJudge], pairs: PreferenceSet, unit: LengthUnit, seed: int, advance: Advance) -> Audit:
-    from online_dpo.audit import audit_labelled
+    from online_dpo.audit.auditing import audit_labelled
 
     judge, *other = asked
     return audit_labelled(
@@ -136,7 +136,7 @@ def _output_folders(output: Path | None, pairs: Sequence[str]) -> list[Path | No
 def _write(audit: Audit, folder: Path | None) -> None:
     if folder is None:
         return
-    from online_dpo.audit_figures import draw_audit
+    from online_dpo.audit.figures import draw_audit
     from online_dpo.files import write_json
 
     try:
@@ -150,7 +150,7 @@ def _write(audit: Audit, folder: Path | None) -> None:
 def _print(
     audits: Sequence[Audit], found: Sequence[PreferenceSet], folders: Sequence[Path | None], markdown: bool
 ) -> None:
-    from online_dpo.audit_display import audit_table, markdown_header, markdown_row
+    from online_dpo.audit.display import audit_table, markdown_header, markdown_row
     from online_dpo.display import clean, make_console
 
     if markdown:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from online_dpo.judging.asked import AskedJudge
 from online_dpo.judging.answers import Answer
+from online_dpo.judging.asked import AskedJudge
 from online_dpo.judging.interface import Abstention, Item
 from online_dpo.judging.verdicts import check_abstentions
 from online_dpo.types import Abstain, Candidate, Prompt, Verdict

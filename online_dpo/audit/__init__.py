@@ -1,0 +1,1 @@
+"""How far a judge can be trusted: measured (`auditing`), printed (`display`) and drawn (`figures`)."""
