@@ -47,6 +47,7 @@ def score(folder: Path, text: str) -> Any:
     return RewardModelJudge(str(folder), device="cpu").score(prompt, [Candidate("p", 0, text, (), (), "stop", 0)])[0]
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_one_does(few_pairs: Path, small_model: Path, tmp_path: Path) -> None:
     """Batches of four shared by two workers with micro-batches of one, and by one worker with its own of three."""
     import os
@@ -116,6 +117,24 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_nothing(
     assert [path.name for path in taken.iterdir()] == ["notes.txt"]
 
 
+def test_a_ray_that_does_not_start_is_one_line(
+    few_pairs: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own exception for a machine that is too busy is a bare `Exception`."""
+    import ray
+
+    def busy(**_: object) -> None:
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", busy)
+    done = run(few_pairs, "--model", small_model, "-o", tmp_path / "new", *FEW)
+    assert done.exit_code == 1, done.output
+    assert done.output == "online-dpo: Ray does not start: Exception: The current node timed out during startup.\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_training_that_fails_saves_nothing(few_pairs: Path, small_model: Path, tmp_path: Path) -> None:
     """A learning rate of 1e38 makes the second step's loss not finite."""
     done = run(few_pairs, "--model", small_model, "-o", tmp_path / "new", *FEW[:-3], "--lr", "1e38", "--quiet")

@@ -92,6 +92,21 @@ def test_gradient_is_that_of_the_mean_loss_over_pairs(small_model: Path, one_thr
     assert step.tokens == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
 
 
+def test_workers_shares_add_up_to_one_worker_s_gradient(small_model: Path, one_thread: None) -> None:
+    """Three workers' shares of five pairs, added by hand as a group adds them; the third has one pair alone."""
+    pairs = token_pairs(small_model)[:5]
+    whole, shared = RewardNetwork(small_model, seed=3), RewardNetwork(small_model, seed=3)
+    stats = LocalRewardTrainer(whole)._backward(pairs, SPEC)
+    parts = []
+    for rank in range(3):
+        trainer = LocalRewardTrainer(shared)
+        trainer.rank, trainer.world = rank, 3
+        parts.append(trainer._backward(pairs, SPEC))  # adds to the gradients that the ranks before left
+    assert torch.stack(parts).sum(0).tolist() == pytest.approx(stats.tolist(), rel=1e-5)
+    ours, theirs = ([p.grad for p in network.trainable if p.grad is not None] for network in (shared, whole))
+    assert apart(theirs, ours, [torch.zeros_like(grad) for grad in theirs]) < 1e-5
+
+
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_what_is_saved_is_what_the_judge_reads(
@@ -146,6 +161,15 @@ def test_no_pairs_and_folders_that_are_no_model_are_refused(small_model: Path, t
     with pytest.raises(ModelError) as caught:
         load_scalar_model(tmp_path, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_a_head_that_peft_knows_is_refused(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that stayed random would be saved as if it had been trained."""
+    monkeypatch.setattr("online_dpo.backends.reward_network.HEADS", ("other",))
+    with pytest.raises(ModelError, match="its head is not called other"):
+        RewardNetwork(small_model, lora_rank=4)
 
 
 def test_missing_weights_of_the_body_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

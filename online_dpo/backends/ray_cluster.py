@@ -236,20 +236,24 @@ def free_address() -> str:
 
 
 def start_ray() -> None:
-    """A Ray of this process's own, unless one runs already."""
+    """A Ray of this process's own, unless one runs already. Raises `OnlineDPOError` when it does not start."""
     if ray.is_initialized():
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would otherwise warn of, and in a later version change, how accelerators are hidden from CPU actors.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        num_cpus=cores(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=256 * 2**20,
-    )
+    try:
+        ray.init(
+            num_cpus=cores(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=256 * 2**20,
+        )
+    except Exception as error:  # Ray raises bare ones, for instance on a machine too busy to start it in time
+        ray.shutdown()
+        raise OnlineDPOError(f"Ray does not start: {one_line(error, 400)}") from error
     # Ray puts a handler of its own on SIGTERM, which ends the process with a trace: ours is put back.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)

@@ -128,6 +128,8 @@ def _with_adapter(model: Any, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     heads = [name for name in HEADS if hasattr(model, name)]
+    if not heads:
+        raise ModelError(f"no LoRA adapter for {type(model).__name__}: its head is not called {' or '.join(HEADS)}")
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
