@@ -114,5 +114,7 @@ def place_judge(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
 
 def _with_flags_of(kind: type, remote: type[Any]) -> type[Any]:
     """`remote` with the class attributes by which `kind` tells how it is to be asked."""
-    flags = {key: getattr(kind, key) for key in ("cached", "each_alone", "both_orders", "relative") if hasattr(kind, key)}
+    flags = {
+        key: getattr(kind, key) for key in ("cached", "each_alone", "both_orders", "relative") if hasattr(kind, key)
+    }
     return type(remote.__name__, (remote,), flags)
