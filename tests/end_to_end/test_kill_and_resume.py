@@ -30,7 +30,7 @@ def test_killed_and_interrupted_it_ends_with_the_same_bytes(
     killed.wait_for((on_policy / ".train.tmp").exists)
     killed.kill()
     assert (root / "arms" / "on_policy" / "seed_0" / "round_01" / "metrics.json").exists()
-    assert {path.stem for path in (on_policy / "stages").iterdir()} == {"sample", "judge", "pair"}
+    assert {path.stem for path in (on_policy / "stages").iterdir()} == {"sample", "judge", "audit", "pair"}
     sampled = (on_policy / "candidates.parquet").stat().st_mtime_ns
     # Engine, learner and Ray's servers die with the driver.
     assert killed.outlived(20, AGENTS) == []

@@ -19,6 +19,7 @@ ROUND = {
     "round.json",
     "candidates.parquet",
     "verdicts.parquet",
+    "audit.json",
     "pairs.parquet",
     "held_out.parquet",
     "policy",
