@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import random
@@ -72,6 +73,8 @@ class ChatClient:
 
     def __init__(self, server: Server) -> None:
         """`JudgeError` for an impossible address or a missing key; the server itself is not asked yet."""
+        if importlib.util.find_spec("openai") is None:
+            raise JudgeError("the package 'openai' is not installed")
         self.server = server
         self.url = server.address()
         self.meter = Meter()

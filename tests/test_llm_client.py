@@ -325,3 +325,9 @@ def test_pauses_double_up_to_a_longest_and_are_random(monkeypatch: pytest.Monkey
     assert len(pauses) == 12
     assert all(most / 2 <= pause <= most for pause, most in zip(pauses, longest * 2, strict=True))
     assert pauses[:6] != pauses[6:]
+
+
+def test_a_missing_package_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(JudgeError, match="the package 'openai' is not installed"):
+        client("http://127.0.0.1:9/v1")
