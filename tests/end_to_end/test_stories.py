@@ -69,6 +69,7 @@ def test_layout(outcome: Outcome) -> None:
         "manifest.json",
         "prompts.parquet",
         "initial.json",
+        "verdicts.sqlite",
         "arms",
         ".lock",
     }
@@ -83,7 +84,7 @@ def test_layout(outcome: Outcome) -> None:
         for index in (1, 2):
             assert {path.name for path in outcome.folder(arm, index).iterdir()} == ROUND
             records = {path.stem for path in (outcome.folder(arm, index) / "stages").iterdir()}
-            assert records == {"sample", "judge", "pair", "train", "evaluate"}
+            assert records == {"sample", "judge", "audit", "pair", "train", "evaluate"}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -114,7 +115,7 @@ def test_sources(outcome: Outcome) -> None:
     assert on["source"] == on["reference"] == outcome.metrics("on_policy", 1)["policy"]
     assert off["source"]["id"] == "initial"
     assert off["reference"] == outcome.metrics("self_offline", 1)["policy"]
-    assert outcome.metrics("self_offline", 1)["reused"] == ["sample", "judge", "pair", "train", "evaluate"]
+    assert outcome.metrics("self_offline", 1)["reused"] == ["sample", "judge", "audit", "pair", "train", "evaluate"]
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -136,7 +137,7 @@ def test_figures_are_there(outcome: Outcome, arm: str) -> None:
         pairs = metrics["pairs"]
         assert pairs["kept"] + sum(pairs["dropped"].values()) == 6
         assert pairs["kept"] >= 4
-        assert set(metrics["seconds"]) == {"sample", "judge", "pair", "train", "evaluate"}
+        assert set(metrics["seconds"]) == {"sample", "judge", "audit", "pair", "train", "evaluate"}
     assert outcome.metrics(arm, 2)["held_out"]["kl_initial"]["mean"] > 0
 
 
