@@ -32,6 +32,7 @@ class HumanJudge(PointwiseJudge):
 
     cached: ClassVar[bool] = False
     each_alone: ClassVar[bool] = True
+    relative: ClassVar[bool] = True
     file_params: ClassVar[tuple[str, ...]] = ("answers",)
     batch_prompts = None
 

@@ -94,6 +94,7 @@ class LLMBase(BaseJudge):
         self._check()
         self.logprobs = LOGPROBS[self.logprobs]
         self.concurrent = self.concurrency
+        self.uncounted = ("cost",) if self.price_in is None and self.price_out is None else ()
         self.slots = Slots(tuple(self.special_tokens))
         own = self.criteria != CRITERIA
         self.filled_in = Template(

@@ -240,3 +240,13 @@ def test_a_judge_whose_scores_are_relative_measures_by_comparison(tmp_path: Path
     assert [row.score for row in before] == [0.5] * len(HELD_OUT)
     assert [row.score for row in after] == [0.5 if new == old else float(new > old) for old, new in lengths]
     assert any(new != old for old, new in lengths)
+
+
+def test_a_budget_that_cannot_hold_is_refused_before_anybody_is_asked(tmp_path: Path, beside: Path) -> None:
+    """An LLM judge without prices cannot count its cost; calls and tokens it can."""
+    llm = {"use": "judges.llm:LLMScoreJudge", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    run = world(tmp_path / "run", beside, judge=llm, judge_budget={"cost": 5})
+    with pytest.raises(JudgeError, match=r"cannot count its cost, so judge_budget\.cost would never hold"):
+        run.go()
+    priced = world(tmp_path / "priced", beside, judge=llm | {"price_in": 1.0}, judge_budget={"cost": 5})
+    assert priced.run.judge(priced.run.experiment.judge, priced.run.experiment.comparing).judge.uncounted == ()

@@ -700,3 +700,27 @@ def test_killed_in_the_middle_and_started_again_nothing_is_answered_twice(tmp_pa
     assert Counter(calls) == Counter(f"p{n}" for n in range(60)), "each once"
     with VerdictCache(tmp_path / "verdicts.sqlite") as cache:
         assert cache.spent() == {"calls": 60.0}
+
+
+def test_with_threads_each_candidate_is_a_call_of_its_own(tmp_path: Path) -> None:
+    """Two prompts of three candidates: six calls of one; the fourth candidate's failure ends the run, and the answers
+    of all calls that ended are on disk."""
+    sizes: list[int] = []
+
+    class Alone(PointwiseJudge):
+        each_alone = True
+        concurrent = 2
+
+        def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Sequence[Score]:
+            sizes.append(len(candidates))
+            if (prompt.id, candidates[0].index) == ("q", 0):
+                raise JudgeError("no more")
+            return [float(candidate.index) for candidate in candidates]
+
+    items = [(PROMPTS[name], [answer(name, index, f"{name}{index}") for index in range(3)]) for name in ("p", "q")]
+    with VerdictCache(tmp_path / "cache.sqlite") as cache:
+        asked = AskedJudge(Alone(), "alone", digest="d", asking=Asking(cache=cache))
+        with pytest.raises(JudgeError, match="no more"):
+            asked.scores(items)
+        assert set(sizes) == {1}
+        assert len(cache) == len(sizes) - 1

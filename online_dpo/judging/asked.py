@@ -85,6 +85,12 @@ class AskedJudge:
         return self._whole("batch_prompts", self.judge.batch_prompts, may_be_none=True)
 
     @property
+    def _one_by_one(self) -> bool:
+        """Whether the candidates of a prompt are calls of their own: a call that fails then loses no other's answer."""
+        alone = isinstance(self.judge, PointwiseJudge) and self.judge.each_alone
+        return alone and self.concurrent > 1 and self.batch == 1
+
+    @property
     def concurrent(self) -> int:
         """How many calls run at once. A judge made of judges is asked one by one: the threads are theirs."""
         return 1 if self.inner else self._whole("concurrent", self.judge.concurrent, may_be_none=False) or 1
@@ -143,27 +149,29 @@ class AskedJudge:
             units += [(number, (i,)) for i in places] if judge.each_alone else [(number, tuple(places))]
         keys = self._keys([(items[number][0], [items[number][1][i] for i in group]) for number, group in units])
         said = self._find(keys)
-        missing: dict[int, dict[bytes, Group]] = {}
+        missing: dict[tuple[int, Group | None], dict[bytes, Group]] = {}
         seen = set(said)
         for (number, group), key in zip(units, keys, strict=True):
             if key not in seen:
                 seen.add(key)
-                missing.setdefault(number, {})[key] = group
-        asked = sum(len(group) for groups in missing.values() for group in groups.values())
+                missing.setdefault((number, group if self._one_by_one else None), {})[key] = group
+        questions = [(number, groups) for (number, _), groups in missing.items()]
+        asked = sum(len(group) for _, groups in questions for group in groups.values())
         self.spending.count(asked, sum(len(group) for _, group in units) - asked)
 
         def call(batch: list[int]) -> Rows:
+            parts = [questions[place] for place in batch]
             batch_items: list[Item] = [
-                (items[number][0], [items[number][1][i] for group in missing[number].values() for i in group])
-                for number in batch
+                (items[number][0], [items[number][1][i] for group in groups.values() for i in group])
+                for number, groups in parts
             ]
             rows: Rows = []
-            for number, raw in zip(batch, self._ask_scores(judge, batch_items), strict=True):
+            for (_, groups), raw in zip(parts, self._ask_scores(judge, batch_items), strict=True):
                 answers = iter(raw)
-                rows += [(key, [read_score(next(answers)) for _ in group]) for key, group in missing[number].items()]
+                rows += [(key, [read_score(next(answers)) for _ in group]) for key, group in groups.items()]
             return rows
 
-        said |= self._ask_all(list(missing), call, lambda number: items[number][0].id)
+        said |= self._ask_all(list(range(len(questions))), call, lambda place: items[questions[place][0]][0].id)
         found: list[list[Answer]] = [[] for _ in items]
         for (number, _), key in zip(units, keys, strict=True):
             found[number] += said[key]

@@ -60,7 +60,8 @@ class BaseJudge:
     """What both kinds of judge tell the framework. All of it is optional."""
 
     concurrent: int = 1
-    """How many calls may run at once, in threads: for judges that wait for a network."""
+    """How many calls may run at once, in threads: for judges that wait for a network. With `each_alone` and one prompt
+    a call, each candidate is a call of its own."""
 
     cached: ClassVar[bool] = True
     """Whether answers are kept on disk. Turn it off where asking is as cheap as looking up, or where an answer depends
@@ -71,6 +72,9 @@ class BaseJudge:
 
     uses_policy: ClassVar[bool] = False
     """Whether the round's source policy is part of the judge: `attach` gives it before every round."""
+
+    uncounted: tuple[str, ...] = ()
+    """What it spends and cannot count (a cost without prices): a budget for it would never hold, and is refused."""
 
     relative: ClassVar[bool] = False
     """Whether a candidate's score means something only beside the others of its prompt (a rank, a share of wins).

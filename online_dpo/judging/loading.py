@@ -51,6 +51,9 @@ def open_judge(
         if spec.params.get(key) is not None
     }
     judge = place(spec, folders) if place is not None and alone else _construct(spec, kind, folders, inner)
+    for item in asking.budget or {} if asking is not None else {}:
+        if item in judge.uncounted:
+            raise JudgeError(f"judge '{spec.use}' cannot count its {item}, so judge_budget.{item} would never hold")
     digest = judge_digest(spec, folders) if asking is not None else ""
     flat = [one for row in inner.values() for one in row]
     return AskedJudge(judge, spec.use, digest=digest, asking=asking, inner=flat)

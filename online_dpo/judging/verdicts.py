@@ -80,14 +80,17 @@ def _by_prompt(prompts: Mapping[str, Prompt], candidates: Sequence[Candidate]) -
 
 def _chunks(groups: list[tuple[str, list[int]]], asked: AskedJudge) -> Iterator[list[tuple[str, list[int]]]]:
     """Prompts that are judged before the abstentions are looked at: calls may cost money."""
-    size = _chunk_size(asked, max((len(places) for _, places in groups), default=1))
+    size = chunk_size(asked, max((len(places) for _, places in groups), default=1))
     step = max(1, len(groups) if size is None else size)
     for start in range(0, len(groups), step):
         yield groups[start : start + step]
 
 
-def _chunk_size(asked: AskedJudge, candidates: int) -> int | None:
-    """None: all prompts at once. A judge made of judges says itself how many it takes (`batch_prompts`)."""
+def chunk_size(asked: AskedJudge, candidates: int) -> int | None:
+    """How many prompts of so many candidates are judged between two looks at the abstentions; None: all at once.
+
+    A judge made of judges says itself how many it takes (`batch_prompts`).
+    """
     calls = asked.concurrent * (ROUNDS_OF_CALLS if asked.concurrent > 1 else 1)
     if asked.batch is None:
         return None
