@@ -59,22 +59,31 @@ def judge_round(
 def audit_round(
     arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], sample: StageRecord
 ) -> StageRecord | None:
-    """The judge audited on some of the round's prompts (audit.json); None where the experiment wants no audit."""
+    """The judge audited on some of the round's prompts (audit.json and its figure); None where the experiment wants no audit."""
     spec = arm.run.experiment.audit
     if not spec.prompts:
         return None
 
     def produce(out: Path) -> dict[str, Any]:
         from online_dpo.audit.auditing import audit_candidates
+        from online_dpo.audit.figures import draw_audit
 
         asked = _ready_judge(arm, pinned.source)
         other = None if spec.against is None else arm.run.judge(spec.against, arm.settings.comparing)
         items = _audit_sample(arm, folder.index, pinned.prompts, candidates)
         pairs = sum(len(own) * (len(own) - 1) // 2 for _, own in items) * (1 if other is None else 2)
         arm.run.progress.start(f"{arm.label} · round {folder.index} audit", pairs, "pairs")
-        audit = audit_candidates(asked, items, against=other, seed=arm.seed, advance=arm.run.progress.advance)
+        audit = audit_candidates(
+            asked,
+            items,
+            against=other,
+            source=f"round {folder.index} of {arm.label}",
+            seed=arm.seed,
+            advance=arm.run.progress.advance,
+        )
         arm.run.progress.finish()
         write_json(out / "audit.json", audit.as_dict())
+        draw_audit(audit, out)
         return {**_audit_figures(audit), "ledger": audit.cost.ledger}
 
     inputs = {
@@ -84,7 +93,7 @@ def audit_round(
         "seed": f"{arm.seed}/{folder.index}",
         "against": "" if spec.against is None else arm.run.judge_digest(spec.against),
     }
-    return folder.stage("audit", inputs, ["audit.json"], produce)
+    return folder.stage("audit", inputs, ["audit.json", "audit.png", "audit.svg"], produce)
 
 
 def _audit_sample(arm: Arm, index: int, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Item]:

@@ -7,7 +7,7 @@
     RUN/prompts.parquet                     all prompts, tokenised, with their split
     RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
         round.json                          source, reference and prompts: pinned before anything is sampled
-        candidates|verdicts|pairs|held_out.parquet, policy/
+        candidates|verdicts|pairs|held_out.parquet, audit.json, audit.png, audit.svg, policy/
         stages/STAGE.json                   written last: a stage is done when its record is there
         metrics.json                        written when the round is closed
 

@@ -20,6 +20,8 @@ ROUND = {
     "candidates.parquet",
     "verdicts.parquet",
     "audit.json",
+    "audit.png",
+    "audit.svg",
     "pairs.parquet",
     "held_out.parquet",
     "policy",
