@@ -247,12 +247,13 @@ def number(value: object, *, places: int | None = None, sign: bool = False) -> s
     return f"{round(found, places) + 0.0:{'+' if sign else ''}.{places}f}"
 
 
-def interval(value: object, *, sign: bool = False) -> str:
+def interval(value: object, *, sign: bool = False, places: int | None = None) -> str:
     """`mean [low, high]` of a `{mean, low, high}` mapping, all with the same number of places."""
     mean, low, high = _bounds(value)
     if mean is None:
         return ABSENT
-    places = _places(max(abs(bound) for bound in (mean, low, high) if bound is not None))
+    if places is None:
+        places = _places(max(abs(bound) for bound in (mean, low, high) if bound is not None))
     text = number(mean, places=places, sign=sign)
     if low is None or high is None:
         return text
@@ -395,7 +396,7 @@ def judge_table(metrics: _Rows) -> Group:
         ("ties", lambda row: share(_get(row, "audit", "ties", "mean"))),
         ("flips", lambda row: share(_get(row, "audit", "flips"))),
         ("cycles", lambda row: share(_get(row, "audit", "intransitive", "mean"))),
-        ("with length", lambda row: interval(_get(row, "audit", "length_correlation"), sign=True)),
+        ("with length", lambda row: interval(_get(row, "audit", "length_correlation"), places=2)),
         ("longest first", _longest_first),
         ("κ", lambda row: number(_get(row, "audit", "kappa", "mean"), places=2)),
     ]

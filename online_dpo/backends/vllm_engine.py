@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from online_dpo.errors import EngineError
 from online_dpo.models import load_tokenizer
 from online_dpo.protocols import SampleRequest
 from online_dpo.types import Candidate, Policy
+
+
+NEXT_TOKENS = 64
+"""Next tokens of one context that are asked for at once; vLLM 0.32 takes at most 128."""
 
 
 def vllm_environment(spec: EngineSpec, threads: int) -> dict[str, str]:
@@ -126,16 +130,55 @@ class VllmEngine:
         return self.score([(policy.probe.token_ids[:1], policy.probe.token_ids[1:])])[0]
 
     def score(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        """See `protocols.Engine.score`: vLLM's log-probs of a prompt's own tokens."""
+        """See `protocols.Engine.score`.
+
+        Continuations of one token after the same context are read from one step, which shares cached prefixes; longer
+        ones from vLLM's log-probs of a prompt's own tokens, for which it computes the whole prompt.
+        """
+        rows: dict[int, list[float]] = {}
+        single: dict[tuple[int, ...], list[int]] = {}
+        for place, (context, continuation) in enumerate(items):
+            together = single.setdefault(tuple(context), []) if len(continuation) == 1 else []
+            if len(continuation) == 1 and len(together) < NEXT_TOKENS:
+                together.append(place)
+        for places, found in zip(single.values(), self._next_tokens(single, items), strict=True):
+            rows.update((place, [found[items[place][1][0]]]) for place in places)
+        longer = [place for place in range(len(items)) if place not in rows]
+        rows.update(zip(longer, self._own_tokens([items[place] for place in longer]), strict=True))
+        return [rows[place] for place in range(len(items))]
+
+    def _next_tokens(
+        self, asked: Mapping[tuple[int, ...], Sequence[int]], items: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[dict[int, float]]:
+        """For each context, the log-probs of the next tokens that its items ask for."""
         from vllm import SamplingParams
 
+        if not asked:
+            return []
+        prompts: list[Any] = [{"prompt_token_ids": list(context)} for context in asked]
+        wanted = [sorted({items[place][1][0] for place in places}) for places in asked.values()]
+        params = [
+            SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=tokens, detokenize=False)
+            for tokens in wanted
+        ]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.lora_request)
+        entries = [(output.outputs[0].logprobs or [{}])[0] for output in outputs]
+        return [
+            {token: entry[token].logprob for token in tokens} for tokens, entry in zip(wanted, entries, strict=True)
+        ]
+
+    def _own_tokens(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        if not items:
+            return []
         prompts: list[Any] = [{"prompt_token_ids": [*context, *continuation]} for context, continuation in items]
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.lora_request)
         rows = []
         for (context, continuation), output in zip(items, outputs, strict=True):
-            entries = (output.prompt_logprobs or [])[len(context) :]
-            rows.append([entry[token].logprob for token, entry in zip(continuation, entries, strict=True) if entry])
+            own = (output.prompt_logprobs or [])[len(context) :]
+            rows.append([entry[token].logprob for token, entry in zip(continuation, own, strict=True) if entry])
         return rows
 
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
