@@ -137,8 +137,9 @@ def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
 
 
 def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> None:
-    from online_dpo.display import budget_table, judge_table, round_table, sample_answers, stage_table
+    from online_dpo.display import budget_table, clean, judge_table, round_table, sample_answers, stage_table
     from online_dpo.loop import collect_metrics
+    from online_dpo.runs import spent_by_judges
     from online_dpo.showcase import before_and_after
 
     metrics = collect_metrics(store, experiment)
@@ -146,6 +147,10 @@ def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> 
         for part in (round_table(metrics), stage_table(metrics), judge_table(metrics), budget_table(metrics)):
             console.print(part)
         console.print(sample_answers(before_and_after(store, experiment)))
+    spent = spent_by_judges(store)
+    if spent:
+        amounts = ", ".join(f"{item.replace('_', ' ')} {amount:g}" for item, amount in sorted(spent.items()))
+        console.print(clean(f"judges spent: {amounts}"), markup=False, soft_wrap=True)
     console.print(f"run folder: {store.root}", markup=False, soft_wrap=True)
 
 

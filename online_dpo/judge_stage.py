@@ -59,7 +59,7 @@ def judge_round(
 def audit_round(
     arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], sample: StageRecord
 ) -> StageRecord | None:
-    """The judge audited on some of the round's prompts (audit.json and its figure); None where the experiment wants no audit."""
+    """The judge audited on some of the round's prompts (audit.json, drawn); None where the experiment wants none."""
     spec = arm.run.experiment.audit
     if not spec.prompts:
         return None

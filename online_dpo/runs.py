@@ -233,8 +233,20 @@ def _live(
 
 def open_cache(store: RunStore) -> VerdictCache:
     """The run's verdict cache: its own, or the file that the experiment names to share it between runs."""
+    return VerdictCache(_cache_file(store))
+
+
+def spent_by_judges(store: RunStore) -> dict[str, float]:
+    """What the ledgers of all judges come to, over all processes that worked on the run (or shared its cache)."""
+    if not _cache_file(store).exists():
+        return {}
+    with open_cache(store) as cache:
+        return cache.spent()
+
+
+def _cache_file(store: RunStore) -> Path:
     named = store.experiment.judge_cache
-    return VerdictCache(Path(named) if named is not None else store.root / "verdicts.sqlite")
+    return Path(named) if named is not None else store.root / "verdicts.sqlite"
 
 
 def _initial_policy(store: RunStore, bare: Policy, learner: Learner, probe_ids: Sequence[int]) -> Policy:

@@ -466,3 +466,32 @@ def test_a_hub_id_without_the_hub(desk: Desk, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "some-org/some-prompts" in done.stderr
+
+
+def test_what_judges_spent_is_shown_and_a_raised_budget_goes_on(desk: Desk) -> None:
+    """A judge of one call a prompt: 4 held-out, 3 + 4 a round, two rounds (the second arm has the first round from
+    the first, and its own second): the budget of 6 ends the first round, a raised one lets the same command go on."""
+    (desk.folder / "paid.py").write_text(
+        "from judges.length import LengthJudge\n"
+        "class Paid(LengthJudge):\n"
+        "    cached = True\n"
+        "    calls = 0\n"
+        "    def score(self, prompt, candidates):\n"
+        "        self.calls += 1\n"
+        "        return super().score(prompt, candidates)\n"
+        "    def ledger(self):\n"
+        "        calls, self.calls = self.calls, 0\n"
+        "        return {'calls': calls} if calls else {}\n",
+        encoding="utf-8",
+    )
+    file = desk.write(judge={"use": "paid:Paid", "unit": "characters"}, judge_budget={"calls": 6})
+    stopped = desk("run", file)
+    assert stopped.exit_code == 2
+    assert "budget is used up: calls 6 of 6" in stopped.stderr
+    assert "raise judge_budget.calls" in stopped.stderr
+    done = desk("run", file, "--set", "judge_budget.calls=1000")
+    assert done.exit_code == 0, done.stderr
+    [spent] = [line for line in done.stdout.splitlines() if line.startswith("judges spent: ")]
+    assert int(spent.split()[-1]) > 6
+    assert spent in desk("show", desk.root).stdout
+    assert desk("resume", desk.root).exit_code == 0

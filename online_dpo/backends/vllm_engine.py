@@ -16,7 +16,6 @@ from online_dpo.models import load_tokenizer
 from online_dpo.protocols import SampleRequest
 from online_dpo.types import Candidate, Policy
 
-
 NEXT_TOKENS = 64
 """Next tokens of one context that are asked for at once; vLLM 0.32 takes at most 128."""
 
