@@ -36,8 +36,9 @@ class Far(PointwiseJudge):
             os._exit(3)
         if any(prompt.id == self.fail for prompt, _ in items):
             raise ValueError("no opinion")
-        return [[Opinion(len(c.text), {"process": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]})
-                 for c in candidates] for _, candidates in items]
+        told = {"process": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"],
+                "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        return [[Opinion(len(c.text), told) for c in candidates] for _, candidates in items]
     def ledger(self):
         calls, self.calls = self.calls, 0
         return {"calls": calls}
@@ -89,6 +90,7 @@ def test_it_judges_in_another_process_with_its_own_threads(far: Callable[..., An
     details = verdicts[0].details if isinstance(verdicts[0], Verdict) else {}
     assert details["process"] != os.getpid()
     assert details["threads"] == "1"
+    assert details["gpus"] == "", "a judge that asked for no GPU sees none"
     assert asked.take_ledger() == {"asked": 4, "cached": 0, "calls": 1}
     assert asked.batch == 2
     assert asked.judge.each_alone is True

@@ -104,6 +104,9 @@ def place_judge(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
         raise ConfigError(f"judge '{spec.use}': actor.gpus asks for {gpus:g} GPUs, there are {there:g}")
     threads = (spec.actor.threads if spec.actor is not None else None) or cores()
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if not gpus:
+        # Ray would leave all GPUs in sight, and "device: auto" would take the memory that the engine counts on.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     remote = ray.remote(JudgeActor)
     actor = remote.options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment}).remote()
     told = wait(actor.build.remote(spec, list(folders)), JudgeError, f"judge '{spec.use}'")
