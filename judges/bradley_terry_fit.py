@@ -81,12 +81,7 @@ def fit(
     """
     _check(out, folds, c, min_df)
     sides = as_sides(pairs)
-    prompts = len(np.unique(sides.groups))
-    if prompts < max(LEAST_PROMPTS, 2 * folds):
-        raise DataError(
-            f"{source or 'pairs'}: {prompts} different prompts; "
-            f"{folds} folds need at least {max(LEAST_PROMPTS, 2 * folds)}"
-        )
+    prompts = _enough_prompts(sides, folds, source)
     recipe = Recipe(min_df, letters, Encoder(encoder, keep=True) if encoder else None, c, seed)
     started = time.perf_counter()
     reward, strength = train(sides, recipe)
@@ -95,21 +90,13 @@ def fit(
     controlled, with_length, fold_of = _held_out(sides, recipe, folds, advance)
     validated = time.perf_counter()
     lengths = _longer(sides)
-    settings = {
-        "c": strength,
-        "min_df": min_df,
-        "letters": letters,
-        "encoder": recipe.encoder.digest if recipe.encoder else None,
-        "columns": len(reward.weights),
-        "temperature": reward.temperature,
-    }
     card = Card(
         source=source,
         pairs=len(sides.chosen),
         prompts=prompts,
         folds=folds,
         seed=seed,
-        settings=settings,
+        settings=_settings(reward, recipe, strength),
         longer_wins=win_rate(lengths.tolist(), np.zeros_like(lengths).tolist()),
         controlled=figures(controlled, lengths, fold_of),
         with_length=figures(with_length, lengths, fold_of),
@@ -120,6 +107,26 @@ def fit(
     (out / CARD).write_text(json.dumps(card.as_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (out / README).write_text(page(card), encoding="utf-8")
     return card
+
+
+def _enough_prompts(sides: Sides, folds: int, source: str) -> int:
+    """The number of different prompts; `DataError` where they are too few for the folds."""
+    prompts, least = len(np.unique(sides.groups)), max(LEAST_PROMPTS, 2 * folds)
+    if prompts < least:
+        raise DataError(f"{source or 'pairs'}: {prompts} different prompts; {folds} folds need at least {least}")
+    return prompts
+
+
+def _settings(reward: LinearReward, recipe: Recipe, strength: float) -> dict[str, Any]:
+    """What the card says of how the reward was fitted."""
+    return {
+        "c": strength,
+        "min_df": recipe.min_df,
+        "letters": recipe.letters,
+        "encoder": recipe.encoder.digest if recipe.encoder else None,
+        "columns": len(reward.weights),
+        "temperature": reward.temperature,
+    }
 
 
 def as_sides(pairs: Sequence[Preference]) -> Sides:
