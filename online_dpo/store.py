@@ -33,7 +33,7 @@ from online_dpo.config import Experiment, flatten, validate_experiment
 from online_dpo.errors import RunFolderError, one_line
 from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
 
-FORMAT = 1
+FORMAT = 2
 MAY_CHANGE = frozenset(
     {"output", "judge_cache", "judge_timeout", "judge_budget.cost", "judge_budget.tokens", "judge_budget.calls"}
 )
