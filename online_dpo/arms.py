@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from online_dpo.config import ArmSettings, ComparingSpec, Experiment, JudgeSpec
+from online_dpo.errors import JudgeError
 from online_dpo.files import digest_json
-from online_dpo.judging import AskedJudge, Asking, LiveModel, Place, VerdictCache, judge_digest, open_judge
+from online_dpo.judging import AskedJudge, Asking, Judge, LiveModel, Place, VerdictCache, judge_digest, open_judge
 from online_dpo.protocols import Engine, Learner, Progress
 from online_dpo.rounds import ArmPolicies
 from online_dpo.store import RoundFolder, RunStore
@@ -34,6 +35,7 @@ class Run:
     """The engine as something to talk to, for judges that ask the policy."""
     _judges: dict[str, AskedJudge] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
+    _processes: dict[str, Judge] = field(default_factory=dict)
 
     def judge(self, spec: JudgeSpec, comparing: ComparingSpec) -> AskedJudge:
         """The judge of `spec`, opened once a run."""
@@ -45,8 +47,18 @@ class Run:
                 limit_s=self.experiment.judge_timeout,
                 budget=self.experiment.judge_budget.model_dump(exclude_none=True),
             )
-            self._judges[key] = open_judge(spec, self.judge_folders, asking, self.place_judge)
+            place = None if self.place_judge is None else self._placed
+            self._judges[key] = open_judge(spec, self.judge_folders, asking, place, self.judge_digest(spec))
         return self._judges[key]
+
+    def _placed(self, spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
+        """One process for each judge that wants its own, however many arms, panels and schedules ask it."""
+        key = digest_json(spec.model_dump(mode="json"))
+        if key not in self._processes:
+            if self.place_judge is None:
+                raise JudgeError(f"judge '{spec.use}' wants a process of its own, and there is nothing to start one")
+            self._processes[key] = self.place_judge(spec, folders)
+        return self._processes[key]
 
     def judge_digest(self, spec: JudgeSpec) -> str:
         """`judging.judge_digest`, computed once a run: a reward model's weights are part of it."""

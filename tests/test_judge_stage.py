@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from test_loop import HELD_OUT, TRAIN, Killed, World, experiment, results
 
+from online_dpo.config import ComparingSpec, JudgeSpec
 from online_dpo.errors import ConfigError, JudgeError, RunFolderError
-from online_dpo.judging import VerdictCache
+from online_dpo.judging import Judge, VerdictCache, load_judge
 from online_dpo.models import ResolvedModel
 from online_dpo.prompts import PromptSet
 from online_dpo.records import read_held_out, read_verdicts
@@ -250,3 +251,22 @@ def test_a_budget_that_cannot_hold_is_refused_before_anybody_is_asked(tmp_path: 
         run.go()
     priced = world(tmp_path / "priced", beside, judge=llm | {"price_in": 1.0}, judge_budget={"cost": 5})
     assert priced.run.judge(priced.run.experiment.judge, priced.run.experiment.comparing).judge.uncounted == ()
+
+
+def test_a_judge_with_a_process_of_its_own_has_one_for_all_who_ask_it(tmp_path: Path, beside: Path) -> None:
+    """The same judge with two schedules, and again inside a panel: started once. Another unit is another judge."""
+    started: list[JudgeSpec] = []
+
+    def place(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
+        started.append(spec)
+        return load_judge(spec, folders)
+
+    run = world(tmp_path / "run", beside).run
+    run.place_judge = place
+    own = {"use": "judges.length:LengthJudge", "unit": "characters", "actor": {}}
+    panel = {"use": "judges.panel:PanelJudge", "judges": [own, own | {"unit": "words"}]}
+    for schedule in ("all_pairs", "swiss"):
+        comparing = ComparingSpec.model_validate({"schedule": schedule})
+        for spec in (own, panel):
+            run.judge(JudgeSpec.model_validate(spec), comparing)
+    assert [spec.params["unit"] for spec in started] == ["characters", "words"]

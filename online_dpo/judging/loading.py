@@ -30,10 +30,15 @@ def load_judge(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
 
 
 def open_judge(
-    spec: JudgeSpec, folders: Sequence[Path], asking: Asking | None = None, place: Place | None = None
+    spec: JudgeSpec,
+    folders: Sequence[Path],
+    asking: Asking | None = None,
+    place: Place | None = None,
+    digest: str | None = None,
 ) -> AskedJudge:
     """The judge of `spec`, ready to be asked, with the judges that it is made of.
 
+    `digest`: the judge's, where it is known already (a reward model's weights are part of it).
     `place` is called for judges that want a process of their own (`own_process`, or `actor:` in the spec).
     Raises `JudgeError` as `load_judge` does.
     """
@@ -54,7 +59,8 @@ def open_judge(
     for item in asking.budget or {} if asking is not None else {}:
         if item in judge.uncounted:
             raise JudgeError(f"judge '{spec.use}' cannot count its {item}, so judge_budget.{item} would never hold")
-    digest = judge_digest(spec, folders) if asking is not None else ""
+    if digest is None:
+        digest = judge_digest(spec, folders) if asking is not None else ""
     flat = [one for row in inner.values() for one in row]
     return AskedJudge(judge, spec.use, digest=digest, asking=asking, inner=flat)
 
