@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from online_dpo.backends.hf_model import load_causal_lm, silence_dropout, torch_dtype
+from online_dpo.backends.stacked_adapter import drop_stacked, load_adapter
 from online_dpo.config import LoraSpec
 from online_dpo.errors import ModelError, one_line
 from online_dpo.logps import collate, sequence_logps, token_logps
@@ -72,10 +73,11 @@ class PolicyModel:
         self.model.to(self.device)
         if policy.digest == self.initial.digest and self.lora is not None:
             # Fresh A matrices depend on the seed, so "already here" cannot be told by the digest alone.
+            drop_stacked(self.model)
             _reset_adapter(self.model, seed)
         elif policy.digest != self.loaded:
             if self.lora is not None:
-                _load_adapter(self.model, policy.path)
+                load_adapter(self.model, policy.path)
             else:
                 self._copy_from(policy.path)
         self.loaded = policy.digest
@@ -171,12 +173,3 @@ def _reset_adapter(model: Any, seed: int) -> None:
     for module in model.modules():
         if hasattr(module, "reset_lora_parameters"):
             module.reset_lora_parameters("default", True)
-
-
-def _load_adapter(model: Any, path: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    outcome = set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
-    if outcome.unexpected_keys:
-        raise ModelError(f"the adapter in {path} does not fit the model: unexpected {outcome.unexpected_keys[0]}")
