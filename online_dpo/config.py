@@ -12,33 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from online_dpo.dpo_spec import DPOSpec as DPOSpec  # noqa: PLC0414 - a section of the experiment like the others
 from online_dpo.errors import ConfigError, nearest
+from online_dpo.spec import DOTTED, Fraction, Positive, Spec
 
+UNION_MEMBERS = ("EverySpec", "ReferenceSpec", "LossSpec")
+"""Sections that are one of several forms of a key: pydantic names them where a fault lies, users do not."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Spec(BaseModel):
-    """Base of all sections: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` and `on` as true, and pydantic would read true as 1."""
-        field = cls.model_fields.get(info.field_name or "")
-        if (
-            isinstance(value, bool)
-            and field is not None
-            and field.annotation is not bool
-            and field.annotation != bool | None
-        ):
-            raise ValueError("true and false are no value for this key")
-        return value
 
 
 class PromptsSpec(Spec):
@@ -87,7 +69,7 @@ class JudgeSpec(Spec):
     @field_validator("use")
     @classmethod
     def _dotted(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        if not re.fullmatch(DOTTED, value):
             raise ValueError('a judge is named as "module:Class", for example "judges.length:LengthJudge"')
         return value
 
@@ -119,29 +101,6 @@ class PairingSpec(Spec):
     max_pairs: Positive | None = Field(default=None, description="a round's budget; more pairs are dropped, counted")
 
 
-class DPOSpec(Spec):
-    """The loss and its optimiser. One step is `batch_size` pairs, whatever the micro-batch."""
-
-    loss: Literal["sigmoid"] = "sigmoid"
-    beta: Annotated[float, Field(gt=0.0)] = 0.1
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    lr: Annotated[float, Field(gt=0.0)] = 1e-6
-    batch_size: Positive = 32
-    micro_batch_size: Positive = 4
-    epochs: Positive = 1
-    warmup: Fraction = Field(default=0.1, description="share of the round's steps")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    clip: Annotated[float, Field(gt=0.0)] = 1.0
-    engine_gap_tolerance: Annotated[float, Field(ge=0.0)] | None = Field(
-        default=None,
-        description="largest per-token gap at which the engine's log-probs serve as the reference's; "
-        "default 1e-3 in float32, 0.05 in bfloat16",
-    )
-
-
 class LoraSpec(Spec):
     """Train an adapter instead of all weights (`dpo.lr` then wants to be 10 to 100 times larger)."""
 
@@ -158,12 +117,21 @@ class EverySpec(Spec):
     every: Positive
 
 
+class ReferenceSpec(Spec):
+    """A reference that moves in its own time: refreshed every k rounds, or an average of policies. One of the two."""
+
+    every: Positive | None = None
+    ema: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None, description="α in ref ← α·policy + (1 − α)·ref after every round; 1 is prior"
+    )
+
+
 class ArmSettings(Spec):
     """All that may differ between arms."""
 
     rounds: Positive = 1
     source: Literal["current", "initial"] | EverySpec = "current"
-    reference: Literal["prior", "initial"] = Field(
+    reference: Literal["prior", "initial"] | ReferenceSpec = Field(
         default="prior", description="prior: the policy that the round began with"
     )
     sampling: SamplingSpec = SamplingSpec()
@@ -172,6 +140,13 @@ class ArmSettings(Spec):
     comparing: ComparingSpec = ComparingSpec()
     pairing: PairingSpec = PairingSpec()
     dpo: DPOSpec = DPOSpec()
+
+    @field_validator("reference")
+    @classmethod
+    def _one_rule(cls, value: str | ReferenceSpec) -> str | ReferenceSpec:
+        if isinstance(value, ReferenceSpec) and (value.every is None) == (value.ema is None):
+            raise ValueError("either every or ema is needed, and not both")
+        return value
 
 
 class EvaluationSpec(Spec):
@@ -241,7 +216,9 @@ class Experiment(ArmSettings):
     """One whole experiment."""
 
     name: str
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [0]
+    )
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
@@ -289,6 +266,9 @@ class Experiment(ArmSettings):
                 may = ", ".join(ArmSettings.model_fields)
                 raise ConfigError(f"arms.{name}.{key}: '{key}' is one for all arms; an arm may change {may}")
         base = {key: self.model_dump()[key] for key in ArmSettings.model_fields}
+        if "reference" in change:
+            # One rule replaces another: they do not merge.
+            del base["reference"]
         try:
             return ArmSettings.model_validate(merge(base, change))
         except ValidationError as error:
@@ -300,10 +280,13 @@ class Experiment(ArmSettings):
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `change` on top; nested mappings merge, all else replaces. A judge is replaced whole."""
+    """`base` with `change` on top; nested mappings merge, all else replaces.
+
+    A judge, and a loss of one's own, is replaced whole when its `use` is named: the other keys are its own.
+    """
     result = copy.deepcopy(base)
     for key, value in change.items():
-        whole = key == "judge" and isinstance(value, dict) and "use" in value
+        whole = key in ("judge", "loss") and isinstance(value, dict) and "use" in value
         if isinstance(value, dict) and isinstance(result.get(key), dict) and not whole:
             result[key] = merge(result[key], value)
         else:
@@ -404,7 +387,7 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     same_key = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
     first = first if first["type"] == "extra_forbidden" else max(same_key, key=lambda fault: len(fault["loc"]))
     # A union adds the member it tried to the location: not a key of the user's.
-    location = [str(part) for part in first["loc"] if part not in ("EverySpec",) and not _is_union_tag(part)]
+    location = [str(part) for part in first["loc"] if part not in UNION_MEMBERS and not _is_union_tag(part)]
     where = prefix + ".".join(location)
     if first["type"] == "extra_forbidden":
         fields = _fields_at(model, location[:-1])

@@ -1,0 +1,153 @@
+"""The settings of the loss and its optimiser. Which key belongs to which loss is checked here: none is ignored."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from online_dpo.errors import nearest
+from online_dpo.spec import DOTTED, Fraction, Positive, Spec
+
+LossName = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "simpo",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "sppo",
+    "aot",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
+LOSS_NAMES: tuple[str, ...] = get_args(LossName)
+
+READ_BY: dict[str, tuple[str, ...]] = {
+    "label_smoothing": ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot"),
+    "simpo_gamma": ("simpo",),
+    "discopop_tau": ("discopop",),
+    "bco_running_mean": ("bco_pair",),
+}
+"""Keys that only some losses read, and which."""
+
+NORMALISED = ("sigmoid_norm", "simpo")
+"""Losses that are defined on averaged log-probs."""
+
+REFERENCE_FREE = ("simpo",)
+"""Losses of the policy's own log-probs."""
+
+NonNegative = Annotated[float, Field(ge=0.0)]
+AboveZero = Annotated[float, Field(gt=0.0)]
+
+
+class LossSpec(Spec):
+    """A loss of the user's own: `use` is "module:function"; every other key goes to the function by name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    use: str
+
+    @field_validator("use")
+    @classmethod
+    def _dotted(cls, value: str) -> str:
+        if not re.fullmatch(DOTTED, value):
+            raise ValueError('a loss of your own is named as "module:function", for example "my_loss:cautious"')
+        return value
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The function's keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class DPOSpec(Spec):
+    """The loss and its optimiser. One step is `batch_size` pairs, whatever the micro-batch."""
+
+    loss: LossName | LossSpec = "sigmoid"
+    beta: AboveZero = 0.1
+    length_normalize: bool | None = Field(
+        default=None, description="log-ratios divided by the completion's length; ipo must say; default false"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        default=0.0, description="share of labels taken to be flipped: " + ", ".join(READ_BY["label_smoothing"])
+    )
+    simpo_gamma: NonNegative = Field(default=0.5, description="simpo: γ, the margin itself (the paper's γ/β times β)")
+    discopop_tau: AboveZero = Field(default=0.05, description="discopop: temperature of the mixture")
+    bco_running_mean: bool = Field(default=False, description="bco_pair: δ is the running mean of the rewards, else 0")
+    nll_weight: NonNegative = Field(default=0.0, description="α of + α·NLL(chosen)/length")
+    dpop_lambda: NonNegative = Field(default=0.0, description="λ against a chosen answer below the reference")
+    length_penalty: NonNegative = Field(default=0.0, description="α: a longer chosen answer is pushed less")
+    ld_alpha: Fraction | None = Field(default=None, description="weight of tokens past the pair's shared length")
+    wpo_weight: bool = Field(default=False, description="pairs weigh by their probability under the policy")
+    importance_clip: AboveZero | None = Field(
+        default=None, description="pairs weigh π/μ of both answers, at most this; μ: the policy that sampled them"
+    )
+    xpo_alpha: NonNegative = Field(default=0.0, description="α of + α·log π(answers drawn from the reference)")
+    lr: AboveZero = 1e-6
+    batch_size: Positive = 32
+    micro_batch_size: Positive = 4
+    epochs: Positive = 1
+    warmup: Fraction = Field(default=0.1, description="share of the round's steps")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    clip: AboveZero = 1.0
+    engine_gap_tolerance: NonNegative | None = Field(
+        default=None,
+        description="largest per-token gap at which the engine's log-probs serve as the reference's; "
+        "default 1e-3 in float32, 0.05 in bfloat16",
+    )
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _name_or_own(cls, value: Any) -> Any:
+        """`loss: "module:function"` is short for `loss: {use: "module:function"}`."""
+        if isinstance(value, str) and ":" in value:
+            return {"use": value}
+        if isinstance(value, str) and value not in LOSS_NAMES:
+            near = nearest(value, LOSS_NAMES)
+            raise ValueError(f'no loss of this name{near}; losses: {", ".join(LOSS_NAMES)}, or "module:function"')
+        if not isinstance(value, (str, dict, LossSpec)):
+            raise ValueError(f"a loss's name or a mapping with `use` is expected; losses: {', '.join(LOSS_NAMES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> DPOSpec:
+        for key, losses in READ_BY.items():
+            if self.loss_name not in losses and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"loss '{self.loss_name}' does not read '{key}': leave it out (it is read by {', '.join(losses)})"
+                )
+        if self.loss_name in REFERENCE_FREE and self.dpop_lambda:
+            raise ValueError(f"'dpop_lambda' compares with the reference; loss '{self.loss_name}' has none")
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("loss 'exo_pair' takes the logarithm of 'label_smoothing': give one above 0, as 1e-3")
+        return self
+
+    @model_validator(mode="after")
+    def _summed_or_averaged(self) -> DPOSpec:
+        if self.loss == "ipo" and self.length_normalize is None:
+            raise ValueError(
+                "loss 'ipo' needs 'length_normalize' said: under this name two trainers of one library (TRL) differ, "
+                "its DPO trainer averages log-probs (true), its online one sums them (false)"
+            )
+        if self.loss_name in NORMALISED and self.length_normalize is False:
+            raise ValueError(f"loss '{self.loss_name}' is defined on averaged log-probs: leave 'length_normalize' out")
+        return self
+
+    @property
+    def loss_name(self) -> str:
+        """The loss's name; of one's own, "module:function"."""
+        return self.loss.use if isinstance(self.loss, LossSpec) else self.loss
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the loss sees averaged log-ratios (each divided by its completion's length), not sums."""
+        return self.loss_name in NORMALISED or bool(self.length_normalize)
