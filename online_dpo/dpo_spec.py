@@ -40,6 +40,17 @@ READ_BY: dict[str, tuple[str, ...]] = {
 NORMALISED = ("sigmoid_norm", "simpo")
 """Losses that are defined on averaged log-probs."""
 
+MODIFIERS = (
+    "nll_weight",
+    "dpop_lambda",
+    "length_penalty",
+    "ld_alpha",
+    "wpo_weight",
+    "importance_clip",
+    "xpo_alpha",
+)
+"""Keys that combine with any loss."""
+
 REFERENCE_FREE = ("simpo",)
 """Losses of the policy's own log-probs."""
 
@@ -151,3 +162,21 @@ class DPOSpec(Spec):
     def averaged(self) -> bool:
         """Whether the loss sees averaged log-ratios (each divided by its completion's length), not sums."""
         return self.loss_name in NORMALISED or bool(self.length_normalize)
+
+    def describe_loss(self) -> str:
+        """One line: the loss, β, summed or averaged log-probs, and every key that changes it, with its value."""
+        params = self.loss.params if isinstance(self.loss, LossSpec) else {}
+        own = f" ({', '.join(f'{key} {value}' for key, value in params.items())})" if params else ""
+        parts = [
+            f"{self.loss_name}{own}",
+            f"beta {self.beta:g}",
+            f"{'averaged' if self.averaged else 'summed'} log-probs",
+        ]
+        read = [key for key, losses in READ_BY.items() if self.loss_name in losses]
+        for key in [*read, *MODIFIERS]:
+            value = getattr(self, key)
+            if value is True:
+                parts.append(key)
+            elif value is not None and (value or key == "ld_alpha"):
+                parts.append(f"{key} {value:g}")
+        return ", ".join(parts)

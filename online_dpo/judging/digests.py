@@ -36,7 +36,7 @@ def judge_digest(spec: JudgeSpec, folders: Sequence[Path]) -> str:
     parts = [
         spec.use,
         params,
-        [_source_digest(name, folders) for name in code],
+        [source_digest(name, folders) for name in code],
         {key: [_path_digest(name, folders) for name in _named(spec.params, [key])] for key in sorted(files)},
         [_file_digest(Path(file)) for file in getattr(kind, "data_files", ())],
         {
@@ -64,7 +64,7 @@ def _path_digest(name: str, folders: Sequence[Path]) -> list[str]:
     return [found.name, _file_digest(found)] if found.is_absolute() and found.exists() else [name]
 
 
-def _source_digest(name: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
+def source_digest(name: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
     """The modules that "module:name" rests on, each with its file's digest. None that Python has no source of.
 
     By module names: where the files lie is of no account.
