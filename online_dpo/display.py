@@ -29,7 +29,9 @@ ABSENT = "–"
 PLAIN_SECONDS = 10.0
 """At most one progress line in this time where there is no terminal."""
 
-STAGES = ("sample", "judge", "audit", "pair", "train", "evaluate")
+STAGES = ("reference", "sample", "judge", "audit", "pair", "train", "evaluate")
+PART_OF = {"judge": "audit", "train": "reference"}
+"""Stages whose seconds are shown with another's: columns for them would be more than fit."""
 SHOWN_CHARACTERS = 1200
 
 # CSI (colours, cursor), OSC and the other string sequences (titles, links, clipboard), then two-character escapes.
@@ -317,7 +319,8 @@ _Rows = Sequence[Mapping[str, Any]]
 
 
 def round_table(metrics: _Rows) -> Group:
-    """Two tables of all arms, seeds and rounds: what the judge says, and how far the policy has gone for it."""
+    """Three tables of all arms, seeds and rounds: what the judge says, how far the policy has gone for it, and what
+    its answers look like."""
     reward: list[_Column] = [
         ("reward", lambda row: interval(_get(row, "held_out", "reward"))),
         ("change", lambda row: interval(_get(row, "held_out", "reward_change"), sign=True)),
@@ -325,7 +328,10 @@ def round_table(metrics: _Rows) -> Group:
     ]
     drift: list[_Column] = [
         ("KL to initial", lambda row: interval(_get(row, "held_out", "kl_initial"))),
-        ("KL a token", lambda row: number(_mean(_get(row, "held_out", "kl_initial_token")))),
+        ("a token", lambda row: number(_mean(_get(row, "held_out", "kl_initial_token")))),
+        ("to reference", lambda row: interval(_get(row, "held_out", "kl_reference"))),
+    ]
+    answers: list[_Column] = [
         ("length", lambda row: number(_mean(_get(row, "held_out", "length")), places=1)),
         ("ended", lambda row: share(_mean(_get(row, "held_out", "ended")))),
         ("distinct-2", lambda row: number(_mean(_get(row, "held_out", "distinct_2")), places=3)),
@@ -339,7 +345,8 @@ def round_table(metrics: _Rows) -> Group:
             reward,
             "in brackets: 95 % intervals over prompts, of this seed alone",
         ),
-        _table("Held-out answers (KL in nats a sequence, length in tokens)", metrics, drift),
+        _table("KL from the initial policy and from the round's reference (nats a sequence)", metrics, drift),
+        _table("Held-out answers (length in tokens)", metrics, answers),
     )
 
 
@@ -365,8 +372,7 @@ def stage_table(metrics: _Rows) -> Group:
     speed: list[_Column] = [
         ("sampling", lambda row: number(_get(row, "sample", "tokens_per_second"), places=0)),
         ("training", lambda row: number(_get(row, "train", "tokens_per_second"), places=0)),
-        # A column for the audit would be one too many for 100: it is part of judging.
-        *((f"{stage} s", _seconds_of(stage)) for stage in STAGES if stage != "audit"),
+        *((f"{stage} s", _seconds_of(stage)) for stage in STAGES if stage not in PART_OF.values()),
     ]
     reused = any(row.get("reused") for row in metrics)
     return _spaced(
@@ -503,8 +509,8 @@ def _scientific(value: object) -> str:
 
 def _seconds_of(stage: str) -> Callable[[Mapping[str, Any]], str]:
     def cell(row: Mapping[str, Any]) -> str:
-        audited = _finite(_get(row, "seconds", "audit")) if stage == "judge" else None
-        text = number(_add(_get(row, "seconds", stage), audited), places=1)
+        part = _finite(_get(row, "seconds", PART_OF.get(stage, "")))
+        text = number(_add(_get(row, "seconds", stage), part), places=1)
         return text + "*" if text != ABSENT and stage in (row.get("reused") or ()) else text
 
     return cell

@@ -22,8 +22,9 @@ SCORED_AT_ONCE = 32
 """Answers a call when the learner scores held-out answers: enough to batch well, few enough to show progress."""
 
 
-def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecord:
-    """One answer to every held-out prompt, its score, and the initial policy's log-probs of it."""
+def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy, reference: Policy | None) -> StageRecord:
+    """One answer to every held-out prompt, its score, and its log-probs under the initial policy and under the
+    reference of the round that trained `policy` (None: no round did)."""
     experiment = arm.run.experiment
     spec = experiment.evaluation_judge(arm.name)
     sampling = held_out_sampling(experiment, arm.settings)
@@ -38,16 +39,11 @@ def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecor
         asked = arm.run.judge(spec, arm.settings.comparing)
         asked.take_ledger()
         verdicts = _held_out_verdicts(arm, folder, asked, answers)
-        initial = _initial_logprobs(arm, folder.index, policy, answers)
-        rows = [
-            HeldOutAnswer(
-                candidate,
-                verdict.score if isinstance(verdict, Verdict) else None,
-                verdict.reason if isinstance(verdict, Abstain) else None,
-                tuple(logprobs),
-            )
-            for candidate, verdict, logprobs in zip(answers, verdicts, initial, strict=True)
-        ]
+        initial = _logprobs(arm, f"{label}, KL", arm.run.initial, policy, answers)
+        referred = initial
+        if reference is not None and reference.digest != arm.run.initial.digest:
+            referred = _logprobs(arm, f"{label}, KL to the reference", reference, policy, answers)
+        rows = _rows(answers, verdicts, initial, None if reference is None else referred)
         write_held_out(out / "held_out.parquet", rows)
         return {**figures, "ledger": asked.take_ledger()}
 
@@ -60,6 +56,8 @@ def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy) -> StageRecor
         "seed": str(arm.seed),
         "engine": arm.run.engine.kind,
     }
+    if reference is not None:
+        inputs["reference"] = reference.digest
     if folder.index and compares(spec, arm.run.judge_folders):
         inputs["against"] = _initial_record(arm).outputs["held_out.parquet"]
     return folder.stage("evaluate", inputs, ["held_out.parquet"], produce)
@@ -89,20 +87,40 @@ def _initial_record(arm: Arm) -> StageRecord:
     return record
 
 
-def _initial_logprobs(arm: Arm, index: int, policy: Policy, answers: Sequence[Candidate]) -> Sequence[Sequence[float]]:
-    """π₀'s log-probs of the answers: the stored ones where π₀ sampled them, else one pass of the learner."""
-    if policy.digest == arm.run.initial.digest:
+def _logprobs(
+    arm: Arm, label: str, scoring: Policy, sampling: Policy, answers: Sequence[Candidate]
+) -> Sequence[Sequence[float]]:
+    """`scoring`'s log-probs of the answers: the stored ones where it sampled them, else one pass of the learner."""
+    if scoring.digest == sampling.digest:
         return [answer.logprobs for answer in answers]
     arm.run.engine.rest()
     items = list(zip(arm.run.held_out, answers, strict=True))
     logprobs: list[list[float]] = []
-    arm.run.progress.start(f"{arm.label} · round {index} evaluate, KL", len(items), "answers")
+    arm.run.progress.start(f"{arm.label} · {label}", len(items), "answers")
     for start in range(0, len(items), SCORED_AT_ONCE):
-        scored = arm.run.learner.score(arm.run.initial, items[start : start + SCORED_AT_ONCE])
+        scored = arm.run.learner.score(scoring, items[start : start + SCORED_AT_ONCE])
         logprobs.extend(scored)
         arm.run.progress.advance(len(scored))
     arm.run.progress.finish()
     return logprobs
+
+
+def _rows(
+    answers: Sequence[Candidate],
+    verdicts: Sequence[Verdict | Abstain],
+    initial: Sequence[Sequence[float]],
+    reference: Sequence[Sequence[float]] | None,
+) -> list[HeldOutAnswer]:
+    return [
+        HeldOutAnswer(
+            answer,
+            verdict.score if isinstance(verdict, Verdict) else None,
+            verdict.reason if isinstance(verdict, Abstain) else None,
+            tuple(initial[place]),
+            None if reference is None else tuple(reference[place]),
+        )
+        for place, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
+    ]
 
 
 def held_out_sampling(experiment: Experiment, settings: ArmSettings) -> SamplingSpec:
@@ -121,15 +139,18 @@ def held_out_figures(arm: Arm, folder: RoundFolder) -> dict[str, Any]:
     current = read_held_out(folder.path / "held_out.parquet")
     arm.folder(0).trust("evaluate")
     initial = read_held_out(arm.folder(0).path / "held_out.parquet")
+    reference = [answer.reference_logprobs for answer in current if answer.reference_logprobs is not None]
     figures = summarise_held_out(
         [answer.candidate for answer in current],
         [answer.score for answer in current],
         [answer.score for answer in initial],
         [answer.initial_logprobs for answer in current],
+        reference or None,
     )
+    divergences = {"kl_initial", "kl_initial_token", "kl_reference"}
     evaluation = arm.run.experiment.evaluation
-    unreal = {"reward_change", "win_rate", "kl_initial", "kl_initial_token"} if folder.index == 0 else set()
+    unreal = {"reward_change", "win_rate", *divergences} if folder.index == 0 else set()
     if (evaluation.temperature, evaluation.top_p) != (1.0, 1.0):
         # KL(θ‖π₀) is a mean over samples of θ itself; these are samples of another distribution.
-        unreal |= {"kl_initial", "kl_initial_token"}
+        unreal |= divergences
     return {key: None if key in unreal else value for key, value in figures.items()}

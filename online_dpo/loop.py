@@ -23,6 +23,7 @@ from online_dpo.records import (
     read_verdicts,
     write_pairs,
 )
+from online_dpo.reference_stage import average_reference
 from online_dpo.rounds import Pinned, pin, still_needed
 from online_dpo.sample_stage import sample_round
 from online_dpo.seeds import derive_seed
@@ -55,6 +56,7 @@ def run_arm(arm: Arm) -> None:
     for index in range(1, arm.settings.rounds + 1):
         folder = arm.folder(index)
         if not folder.closed:
+            average_reference(arm, folder)
             prompts = prompts_for_round(arm.run.train_prompts, arm.seed, index, arm.run.experiment.prompts.per_round)
             run_round(arm, folder, pin(folder, arm.policies, arm.settings, prompts))
         # Closed rounds too: the process may have been killed after closing one and before this.
@@ -71,8 +73,9 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     pair = _pair(arm, folder, pinned, candidates, verdicts, (sample, judge))
     train = _train(arm, folder, pinned, candidates, pair)
     policy = arm.policies.at(folder.index)
-    evaluate = evaluate_policy(arm, folder, policy)
-    stages = [sample, judge, *([audit] if audit is not None else []), pair, train, evaluate]
+    evaluate = evaluate_policy(arm, folder, policy, pinned.reference)
+    done = [folder.done("reference"), sample, judge, audit, pair, train, evaluate]
+    stages = [record for record in done if record is not None]
     folder.close(
         {
             **_identity(arm, folder.index, policy),
@@ -195,7 +198,7 @@ def _train_figures(start: TrainStart, steps: Sequence[TrainStep], seconds: float
 
 
 def _measure_initial(arm: Arm, folder: RoundFolder) -> Mapping[str, Any]:
-    record = evaluate_policy(arm, folder, arm.run.initial)
+    record = evaluate_policy(arm, folder, arm.run.initial, None)
     return {
         **_identity(arm, 0, arm.run.initial),
         "held_out": held_out_figures(arm, folder),
@@ -213,17 +216,19 @@ def _ref(policy: Policy) -> dict[str, str]:
 
 
 def _discard(arm: Arm, index: int) -> None:
-    """Give up the policies that the experiment does not keep and no later round needs."""
+    """Give up the policies and averaged references that the experiment does not keep and no later round needs."""
     keep = arm.run.experiment.keep
     if keep == "all":
         return
-    kept = still_needed(arm.settings, index) | {index}
+    needed = still_needed(arm.settings, index)
+    policies = needed.policies | {index}
     if keep == "best":
-        kept |= {_best_round(arm, index)}
+        policies |= {_best_round(arm, index)}
     for past in range(1, index + 1):
         folder = arm.folder(past)
-        if past not in kept and (folder.path / "policy").exists():
-            folder.prune("policy")
+        for output, kept in (("policy", policies), ("reference", needed.references)):
+            if past not in kept and (folder.path / output).exists():
+                folder.prune(output)
 
 
 def _best_round(arm: Arm, index: int) -> int:

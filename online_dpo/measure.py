@@ -185,16 +185,19 @@ def summarise_held_out(
     current_scores: Sequence[float | None],
     initial_scores: Sequence[float | None],
     initial_logprobs: Logprobs,
+    reference_logprobs: Logprobs | None = None,
 ) -> dict[str, Any]:
     """The `held_out` figures of one policy, ready for JSON (None for a figure that does not exist).
 
-    All four arguments have one entry a prompt, in the same order: `current` are the policy's answers with its own
-    log-probs, `initial_logprobs` the initial policy's log-probs of the same tokens, and the scores the evaluation
-    judge's of the current and of the initial policy's answers, None where it abstained. `abstained` counts the
-    prompts with a None among the two: `reward`, `reward_change` and `win_rate` leave these prompts out, all three,
-    so that they are over the same prompts. KL, length and diversity are over all answers.
+    All arguments have one entry a prompt, in the same order: `current` are the policy's answers with its own
+    log-probs, `initial_logprobs` the initial policy's log-probs of the same tokens, `reference_logprobs` those of the
+    reference of the policy's round (None: it had none), and the scores the evaluation judge's of the current and of
+    the initial policy's answers, None where it abstained. `abstained` counts the prompts with a None among the two:
+    `reward`, `reward_change` and `win_rate` leave these prompts out, all three, so that they are over the same
+    prompts. KL, length and diversity are over all answers.
     """
-    if not len(current) == len(current_scores) == len(initial_scores) == len(initial_logprobs):
+    columns = (current, current_scores, initial_scores, initial_logprobs)
+    if len({len(column) for column in columns}) != 1:
         raise ValueError("answers, scores and log-probs must have one entry a prompt each")
     scored = [
         (after, before)
@@ -212,6 +215,7 @@ def summarise_held_out(
         "win_rate": win_rate(after, before).as_dict(),
         "kl_initial": kl_sequence(own, initial_logprobs).as_dict(),
         "kl_initial_token": _finite(kl_token(own, initial_logprobs)),
+        "kl_reference": None if reference_logprobs is None else kl_sequence(own, reference_logprobs).as_dict(),
         "length": _finite(lengths.tokens),
         "ended": _finite(lengths.ended),
         "distinct_2": _finite(distinct_n((candidate.text for candidate in current), 2)),

@@ -54,18 +54,21 @@ HELD_OUT = pa.schema(
         ("score", pa.float64()),
         ("abstain_reason", pa.string()),
         ("initial_logprobs", pa.list_(pa.float32())),
+        ("reference_logprobs", pa.list_(pa.float32())),
     ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutAnswer:
-    """A held-out answer, its score (None: abstained, and why) and π₀'s log-probs of it."""
+    """A held-out answer, its score (None: abstained, and why), π₀'s log-probs of it and those of the reference of the
+    round that trained the policy (None: no round did)."""
 
     candidate: Candidate
     score: float | None
     abstain_reason: str | None
     initial_logprobs: tuple[float, ...]
+    reference_logprobs: tuple[float, ...] | None = None
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
@@ -194,6 +197,7 @@ def write_held_out(path: Path, answers: Sequence[HeldOutAnswer]) -> None:
             "score": answer.score,
             "abstain_reason": answer.abstain_reason,
             "initial_logprobs": answer.initial_logprobs,
+            "reference_logprobs": answer.reference_logprobs,
         }
         for answer in answers
     ]
@@ -203,6 +207,12 @@ def write_held_out(path: Path, answers: Sequence[HeldOutAnswer]) -> None:
 def read_held_out(path: Path) -> list[HeldOutAnswer]:
     """The held-out answers of `path`."""
     return [
-        HeldOutAnswer(candidate_of(row), row["score"], row["abstain_reason"], tuple(row["initial_logprobs"]))
+        HeldOutAnswer(
+            candidate_of(row),
+            row["score"],
+            row["abstain_reason"],
+            tuple(row["initial_logprobs"]),
+            None if row["reference_logprobs"] is None else tuple(row["reference_logprobs"]),
+        )
         for row in read_rows(path, HELD_OUT)
     ]

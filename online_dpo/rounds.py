@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from online_dpo.config import ArmSettings, EverySpec
+from online_dpo.config import ArmSettings, EverySpec, ReferenceSpec
 from online_dpo.errors import RunFolderError
 from online_dpo.policies import read_policy
 from online_dpo.store import RoundFolder, RunStore
@@ -39,19 +40,45 @@ class ArmPolicies:
         folder.trust("train")
         return read_policy(folder.path / "policy", verify=False)
 
+    def averaged(self, index: int) -> Policy:
+        """The average of policies that is round `index`'s reference; round 1's is the initial policy."""
+        if index == 1:
+            return self.initial
+        folder = self.store.round(self.arm, self.seed, index)
+        folder.trust("reference")
+        return read_policy(folder.path / "reference", verify=False)
+
 
 def source_index(settings: ArmSettings, index: int) -> int:
     """The round whose policy samples round `index` (1-based): current t−1, initial 0, every k: the last refresh."""
     if settings.source == "initial":
         return 0
     if isinstance(settings.source, EverySpec):
-        return (index - 1) // settings.source.every * settings.source.every
+        return _last_refresh(settings.source.every, index)
     return index - 1
 
 
-def reference_index(settings: ArmSettings, index: int) -> int:
-    """The round whose policy is the reference of round `index`: prior t−1 (what the round began with), initial 0."""
-    return 0 if settings.reference == "initial" else index - 1
+def averaging(settings: ArmSettings) -> float | None:
+    """α of an arm whose reference is an average of policies; None where it is one policy of the arm's (so at α = 1)."""
+    alpha = settings.reference.ema if isinstance(settings.reference, ReferenceSpec) else None
+    return None if alpha == 1 else alpha
+
+
+def reference_index(settings: ArmSettings, index: int) -> int | None:
+    """The round whose policy is the reference of round `index`: prior t−1 (what the round began with), initial 0, every
+    k: the last refresh. None where the reference is an average: no round's policy (but for round 1's, the initial)."""
+    if settings.reference == "initial" or index == 1:
+        return 0
+    if averaging(settings) is not None:
+        return None
+    if isinstance(settings.reference, ReferenceSpec) and settings.reference.every is not None:
+        return _last_refresh(settings.reference.every, index)
+    return index - 1
+
+
+def _last_refresh(every: int, index: int) -> int:
+    """Refreshed before rounds 1, k+1, 2k+1, …"""
+    return (index - 1) // every * every
 
 
 def pin(folder: RoundFolder, policies: ArmPolicies, settings: ArmSettings, prompts: tuple[Prompt, ...]) -> Pinned:
@@ -67,17 +94,11 @@ def pin(folder: RoundFolder, policies: ArmPolicies, settings: ArmSettings, promp
     }
 
     def decide() -> dict[str, Any]:
-        return {
-            "round": index,
-            "prompts": [prompt.id for prompt in prompts],
-            **{
-                role: {"after_round": at, "id": policies.at(at).id, "digest": policies.at(at).digest}
-                for role, at in chosen.items()
-            },
-        }
+        roles = {role: _entry(policies, index, at) for role, at in chosen.items()}
+        return {"round": index, "prompts": [prompt.id for prompt in prompts], **roles}
 
     pinned = folder.pin(decide)
-    found = {role: policies.at(pinned[role]["after_round"]) for role in chosen}
+    found = {role: _find(policies, pinned[role]) for role in chosen}
     for role, policy in found.items():
         if policy.digest != pinned[role]["digest"]:
             raise RunFolderError(f"{folder.path}: its {role} is pinned as {pinned[role]['id']}, whose digest differs")
@@ -87,7 +108,31 @@ def pin(folder: RoundFolder, policies: ArmPolicies, settings: ArmSettings, promp
     return Pinned(found["start"], found["source"], found["reference"], prompts)
 
 
-def still_needed(settings: ArmSettings, after: int) -> set[int]:
-    """Indices of policies that rounds after round `after` begin with, sample from or refer to."""
+def _entry(policies: ArmPolicies, index: int, at: int | None) -> dict[str, Any]:
+    """What is pinned of a policy: where it lies (after which round, or averaged for which), its id and digest."""
+    place = {"averaged_for_round": index} if at is None else {"after_round": at}
+    policy = _find(policies, place)
+    return {**place, "id": policy.id, "digest": policy.digest}
+
+
+def _find(policies: ArmPolicies, entry: Mapping[str, Any]) -> Policy:
+    if "averaged_for_round" in entry:
+        return policies.averaged(entry["averaged_for_round"])
+    return policies.at(entry["after_round"])
+
+
+class Needed(NamedTuple):
+    """Rounds whose trained policy, and rounds whose averaged reference, later rounds need."""
+
+    policies: set[int]
+    references: set[int]
+
+
+def still_needed(settings: ArmSettings, after: int) -> Needed:
+    """What rounds after round `after` begin with, sample from, refer to, or average into their references."""
     later = range(after + 1, settings.rounds + 1)
-    return {i for t in later for i in (t - 1, source_index(settings, t), reference_index(settings, t)) if i <= after}
+    wanted = {at for t in later for at in (t - 1, source_index(settings, t), reference_index(settings, t))}
+    averages = averaging(settings) is not None
+    # Round t's average is made of round t−1's; round 1 refers to the initial policy, and has none of its own.
+    references = {t - 1 for t in later if averages and 1 < t - 1 <= after}
+    return Needed({at for at in wanted if at is not None and at <= after}, references)

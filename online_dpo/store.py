@@ -8,6 +8,7 @@
     RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
         round.json                          source, reference and prompts: pinned before anything is sampled
         candidates|verdicts|pairs|held_out.parquet, audit.json, audit.png, audit.svg, policy/
+        reference/                          the round's reference where it is an average of policies
         stages/STAGE.json                   written last: a stage is done when its record is there
         metrics.json                        written when the round is closed
 
@@ -33,7 +34,7 @@ from online_dpo.config import Experiment, flatten, validate_experiment
 from online_dpo.errors import RunFolderError, one_line
 from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
 
-FORMAT = 2
+FORMAT = 3
 MAY_CHANGE = frozenset(
     {"output", "judge_cache", "judge_timeout", "judge_budget.cost", "judge_budget.tokens", "judge_budget.calls"}
 )

@@ -57,6 +57,7 @@ def metrics_row(arm: str = "on_policy", seed: int = 0, index: int = 1) -> dict[s
             "win_rate": None,
             "kl_initial": None,
             "kl_initial_token": None,
+            "kl_reference": None,
             "length": 58.44,
             "ended": 0.3125,
             "distinct_2": 0.8123,
@@ -71,6 +72,7 @@ def metrics_row(arm: str = "on_policy", seed: int = 0, index: int = 1) -> dict[s
         "win_rate": around(0.61, 0.09),
         "kl_initial": around(123.4, 20.0),
         "kl_initial_token": 0.0123,
+        "kl_reference": around(23.4, 10.0),
     }
     return row | {
         "sample": {"candidates": 96, "tokens": 5800, "seconds": 34.0, "tokens_per_second": 171.2},
@@ -202,6 +204,7 @@ def test_the_figures_are_there() -> None:
         "+0.123 [+0.073, +0.173]",
         "61 % [52, 70]",
         "123.4 [103.4, 143.4]",
+        "23.40 [13.40, 33.40]",
         "58.4",
         "31 %",
         "below_margin 4, tie 3",
@@ -233,8 +236,8 @@ def test_tables_fit_a_hundred_columns_without_wrapping() -> None:
     lines = all_tables(rows).splitlines()
     assert max(map(len, lines)) <= WIDTH
     named = [line for line in lines if line.startswith(("on_policy", "self_offline"))]
-    # 8 rows in the two tables of the held-out answers and in that of speed, 4 in pairs, training and budget.
-    assert len(named) == 3 * 8 + 3 * 4
+    # 8 rows in the three tables of the held-out answers and in that of speed, 4 in pairs, training and budget.
+    assert len(named) == 4 * 8 + 3 * 4
     assert not any(line.startswith("  ") and line.strip() for line in lines), "a row goes on in a second line"
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from online_dpo.config import ArmSettings, validate_experiment
 from online_dpo.errors import RunFolderError
-from online_dpo.rounds import ArmPolicies, pin, reference_index, source_index, still_needed
+from online_dpo.policies import read_policy
+from online_dpo.rounds import ArmPolicies, averaging, pin, reference_index, source_index, still_needed
 from online_dpo.store import RoundFolder, RunStore
 from online_dpo.types import Policy
 
@@ -41,9 +42,28 @@ def test_source(source: Any, rounds_1_to_6: list[int]) -> None:
     assert [source_index(settings(source=source), t) for t in range(1, 7)] == rounds_1_to_6
 
 
-def test_reference() -> None:
-    assert [reference_index(settings(), t) for t in range(1, 5)] == [0, 1, 2, 3]
-    assert [reference_index(settings(reference="initial"), t) for t in range(1, 5)] == [0, 0, 0, 0]
+@pytest.mark.parametrize(
+    ("reference", "rounds_1_to_6"),
+    [
+        ("prior", [0, 1, 2, 3, 4, 5]),
+        ("initial", [0, 0, 0, 0, 0, 0]),
+        ({"every": 1}, [0, 1, 2, 3, 4, 5]),  # the prior policy
+        ({"every": 2}, [0, 0, 2, 2, 4, 4]),
+        ({"every": 3}, [0, 0, 0, 3, 3, 3]),
+        ({"every": 6}, [0, 0, 0, 0, 0, 0]),  # the initial one in all of these rounds
+        ({"ema": 0.25}, [0, None, None, None, None, None]),  # no round's policy
+        ({"ema": 1}, [0, 1, 2, 3, 4, 5]),  # 1·policy + 0·ref
+    ],
+)
+def test_reference(reference: Any, rounds_1_to_6: list[int | None]) -> None:
+    """The reference of round t is the policy after round …"""
+    assert [reference_index(settings(reference=reference), t) for t in range(1, 7)] == rounds_1_to_6
+
+
+def test_only_an_average_has_a_weight() -> None:
+    assert averaging(settings(reference={"ema": 0.25})) == 0.25
+    for reference in ("prior", "initial", {"every": 2}, {"ema": 1}):
+        assert averaging(settings(reference=reference)) is None
 
 
 @pytest.mark.parametrize(
@@ -56,24 +76,54 @@ def test_reference() -> None:
         # Sources 0 0 2 2 4 4: after round 3 policy 2 samples round 4 still; after round 4 no more.
         ({"source": {"every": 2}}, [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, set()]),
         ({"source": {"every": 4}}, [{0}, {0, 1}, {0, 2}, {0, 3}, {4}, {4, 5}, set()]),
+        ({"reference": {"every": 2}}, [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, set()]),
+        # Sources 0 0 2 2 4 4, references 0 0 0 3 3 3.
+        (
+            {"source": {"every": 2}, "reference": {"every": 3}},
+            [{0}, {0, 1}, {0, 2}, {2, 3}, {3, 4}, {3, 4, 5}, set()],
+        ),
+        # Round 1 refers to the initial policy; later ones to averages, made of the policy that they begin with.
+        ({"reference": {"ema": 0.5}}, [{0}, {1}, {2}, {3}, {4}, {5}, set()]),
     ],
 )
 def test_still_needed(changes: dict[str, Any], needed_after_0_to_6: list[set[int]]) -> None:
-    assert [still_needed(settings(**changes), after) for after in range(7)] == needed_after_0_to_6
+    assert [still_needed(settings(**changes), after).policies for after in range(7)] == needed_after_0_to_6
+
+
+@pytest.mark.parametrize(
+    ("reference", "needed_after_0_to_6"),
+    [
+        # Round 2 makes the first average, of the initial policy; round t + 1 needs round t's; nothing needs round 6's.
+        ({"ema": 0.5}, [set(), set(), {2}, {3}, {4}, {5}, set()]),
+        ({"ema": 1}, [set()] * 7),
+        ({"every": 2}, [set()] * 7),
+        ("prior", [set()] * 7),
+    ],
+)
+def test_averages_still_needed(reference: Any, needed_after_0_to_6: list[set[int]]) -> None:
+    arm = settings(reference=reference)
+    assert [still_needed(arm, after).references for after in range(7)] == needed_after_0_to_6
 
 
 @given(
     source=st.sampled_from(["current", "initial"]) | st.integers(1, 9).map(lambda k: {"every": k}),
-    reference=st.sampled_from(["prior", "initial"]),
+    reference=st.sampled_from(["prior", "initial", {"ema": 0.5}]) | st.integers(1, 9).map(lambda k: {"every": k}),
     rounds=st.integers(1, 9),
 )
-def test_what_is_given_up_is_never_asked_for(source: Any, reference: str, rounds: int) -> None:
-    """Give up after every round what is not needed and not the newest: every later round finds its policies."""
+def test_what_is_given_up_is_never_asked_for(source: Any, reference: Any, rounds: int) -> None:
+    """Give up after every round what is not needed and not the newest: every later round finds its policies, and the
+    average that its own is made of."""
     arm = settings(source=source, reference=reference, rounds=rounds)
-    there = {0}
+    there, averages = {0}, {1}
     for t in range(1, rounds + 1):
-        assert {t - 1, source_index(arm, t), reference_index(arm, t)} <= there
-        there = {i for i in there | {t} if i in (0, t) or i in still_needed(arm, t)}
+        referred = reference_index(arm, t)
+        assert {t - 1, source_index(arm, t), t - 1 if referred is None else referred} <= there
+        if referred is None:
+            assert t - 1 in averages
+            averages.add(t)
+        needed = still_needed(arm, t)
+        there = {i for i in there | {t} if i in (0, t) or i in needed.policies}
+        averages = {i for i in averages if i == 1 or i in needed.references}
 
 
 # --- pinning ---
@@ -116,6 +166,39 @@ def test_pinned_by_role(store: RunStore, policies: ArmPolicies) -> None:
         "source": {"after_round": 2, "id": pinned.start.id, "digest": pinned.start.digest},
         "reference": {"after_round": 0, "id": "initial", "digest": policies.initial.digest},
     }
+
+
+def average(store: RunStore) -> Policy:
+    """What stands in for round 3's averaged reference."""
+
+    def produce(out: Path) -> dict[str, Any]:
+        fake_policy(out / "reference", "on_policy/seed_0/reference_03", "average")
+        return {}
+
+    third(store).stage("reference", {}, ["reference"], produce)
+    return read_policy(third(store).path / "reference")
+
+
+def test_an_average_is_pinned_as_the_rounds_own(store: RunStore, policies: ArmPolicies) -> None:
+    made = average(store)
+    pinned = pin(third(store), policies, settings(reference={"ema": 0.5}), PROMPTS)
+    assert pinned.reference == made
+    written = json.loads((third(store).path / "round.json").read_text(encoding="utf-8"))
+    assert written["reference"] == {
+        "averaged_for_round": 3,
+        "id": "on_policy/seed_0/reference_03",
+        "digest": made.digest,
+    }
+    assert policies.averaged(1) == policies.initial
+
+
+def test_an_average_edited_after_it_was_made_is_refused_when_resumed(store: RunStore, policies: ArmPolicies) -> None:
+    file = average(store).path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    reopened = RunStore.open(store.root)
+    mine = ArmPolicies(reopened, "on_policy", 0, policies.initial)
+    with pytest.raises(RunFolderError, match="round_03/reference was changed after stage 'reference' wrote it"):
+        pin(third(reopened), mine, settings(reference={"ema": 0.5}), PROMPTS)
 
 
 def test_a_resumed_round_reads_what_was_decided(store: RunStore, policies: ArmPolicies) -> None:

@@ -20,7 +20,7 @@ def policy_tensors(base: Path, adapter: Path | None) -> Iterator[tuple[str, Tens
     """
     from safetensors import safe_open
 
-    deltas = {} if adapter is None else _adapter_matrices(adapter)
+    deltas = {} if adapter is None else adapter_matrices(adapter)
     used: set[str] = set()
     files = sorted(base.glob("*.safetensors"))
     if not files:
@@ -39,7 +39,7 @@ def policy_tensors(base: Path, adapter: Path | None) -> Iterator[tuple[str, Tens
         raise EngineError(f"the adapter in {adapter} does not fit {base}: no weight for {missing[0]}")
 
 
-def _adapter_matrices(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float, bool]]:
+def adapter_matrices(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float, bool]]:
     """Module name -> (A [rank, in], B [out, rank], scale s, whether W is stored transposed)."""
     from safetensors.torch import load_file
 
