@@ -20,6 +20,7 @@ from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.files import digest
 from online_dpo.loop import collect_metrics, run_experiment
 from online_dpo.pairing import make_pairs
+from online_dpo.policies import read_policy
 from online_dpo.records import read_candidates, read_held_out, read_pairs, read_verdicts
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, RunStore, StageRecord
@@ -108,7 +109,8 @@ def results(root: Path) -> dict[str, Any]:
     """All that a run computed: digests of tables and policies, pins, metrics; nothing that a clock says."""
     arms = root / "arms"
     found: dict[str, Any] = {}
-    for path in sorted([*arms.rglob("*.parquet"), *arms.rglob("policy"), *arms.rglob("*.pruned")]):
+    folders = [*arms.rglob("policy"), *arms.rglob("reference")]
+    for path in sorted([*arms.rglob("*.parquet"), *folders, *arms.rglob("*.pruned")]):
         found[path.relative_to(arms).as_posix()] = digest(path)
     for path in sorted([*arms.rglob("round.json"), *arms.rglob("metrics.json")]):
         found[path.relative_to(arms).as_posix()] = without_timings(json.loads(path.read_text(encoding="utf-8")))
@@ -382,6 +384,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert start["held_out"]["reward_change"] is None
     assert start["held_out"]["win_rate"] is None
     assert start["held_out"]["kl_initial"] is None
+    assert start["held_out"]["kl_reference"] is None
     assert start["held_out"]["length"] == 3.0
 
     held_out = end["held_out"]
@@ -394,6 +397,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert held_out["win_rate"]["high"] == pytest.approx(0.58560 + 0.38773, abs=2e-5)
     assert held_out["kl_initial"] == {"mean": 1.75, "low": 1.5, "high": 2.0}
     assert held_out["kl_initial_token"] == 0.5
+    assert held_out["kl_reference"] == held_out["kl_initial"]  # round 1's reference is π₀
     assert held_out["length"] == 3.5
     assert held_out["ended"] == 0.5
     assert held_out["distinct_2"] == 0.4
@@ -430,6 +434,7 @@ def test_kl_is_left_out_where_answers_are_not_the_policys_own_distribution(
     held_out = world.metrics()["a", 1]["held_out"]
     assert held_out["kl_initial"] is None
     assert held_out["kl_initial_token"] is None
+    assert held_out["kl_reference"] is None
     assert held_out["reward_change"] is not None
 
 
@@ -464,6 +469,119 @@ def test_initial_log_probs_asked_for_in_parts_are_in_the_answers_order(
     assert [answer.candidate.prompt_id for answer in answers] == ["held-0", "held-1", "held-2"]
     for answer in answers:
         assert answer.initial_logprobs == logprobs_of(world.run.initial.digest, answer.candidate.token_ids)
+
+
+@pytest.mark.parametrize("reference", ["prior", {"every": 2}, {"ema": 0.5}])
+def test_kl_is_from_the_rounds_own_reference(tmp_path: Path, reference: Any) -> None:
+    """Scored by the learner under the very policy that the round was trained against; π₀ is not scored twice."""
+    world = World(tmp_path / "run", experiment(arms={"a": {"reference": reference}}, rounds=3)).go()
+    initial, asked = world.run.initial.digest, []
+    for index in (1, 2, 3):
+        row = world.metrics()["a", index]
+        referred = row["reference"]["digest"]
+        asked += [initial] if referred == initial else [initial, referred]
+        answers = read_held_out(world.folder("a", index).path / "held_out.parquet")
+        for answer in answers:
+            assert answer.reference_logprobs == logprobs_of(referred, answer.candidate.token_ids)
+            assert answer.initial_logprobs == logprobs_of(initial, answer.candidate.token_ids)
+        logs = [(a.candidate.logprobs, a.reference_logprobs or ()) for a in answers]
+        assert row["held_out"]["kl_reference"]["mean"] == pytest.approx(sum(sum(p) - sum(q) for p, q in logs) / 3)
+    assert [policy for policy, _ in world.asked("score")] == asked
+    assert all(a.reference_logprobs is None for a in read_held_out(world.folder("a", 0).path / "held_out.parquet"))
+
+
+# --- references that move in their own time ---
+
+
+def weights(folder: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")["w"].double()
+
+
+def test_a_reference_refreshed_every_second_round(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", experiment(arms={"a": {"reference": {"every": 2}}}, rounds=5)).go()
+    rows = world.metrics()
+    after = [world.run.initial.digest, *(rows["a", index]["policy"]["digest"] for index in range(1, 6))]
+    refreshed = [after[i] for i in (0, 0, 2, 2, 4)]
+    assert [rows["a", index]["reference"]["digest"] for index in range(1, 6)] == refreshed
+    assert [call[1:3] for call in world.asked("train")] == list(zip(after[:5], refreshed, strict=True))
+
+
+def test_an_averaged_reference(tmp_path: Path) -> None:
+    """α = ¼: W₀; ¾W₀ + ¼W₁; 9/16·W₀ + 3/16·W₁ + ¼W₂. Training is given them, and they are named in the figures."""
+    world = World(tmp_path / "run", experiment(arms={"a": {"reference": {"ema": 0.25}}}, rounds=3)).go()
+    trained = {call[0]: call[2] for call in world.asked("train")}
+    w = [weights(world.run.initial.path), *(weights(world.folder("a", index).path / "policy") for index in (1, 2))]
+    expected = {2: 3 / 4 * w[0] + 1 / 4 * w[1], 3: 9 / 16 * w[0] + 3 / 16 * w[1] + 1 / 4 * w[2]}
+    assert trained["a/seed_0/round_01"] == world.run.initial.digest
+    assert not (world.folder("a", 1).path / "reference").exists()
+    for index, formula in expected.items():
+        folder = world.folder("a", index).path / "reference"
+        assert float((weights(folder) - formula).abs().max()) < 1.5e-7  # numbers below 1, two float32 roundings
+        made = read_policy(folder)
+        row = world.metrics()["a", index]
+        assert row["reference"] == {"id": f"a/seed_0/reference_{index:02d}", "digest": made.digest}
+        assert trained[f"a/seed_0/round_{index:02d}"] == made.digest
+        assert set(row["seconds"]) == {"reference", "sample", "judge", "pair", "train", "evaluate"}
+
+
+def test_arms_that_average_alike_do_it_once(tmp_path: Path) -> None:
+    """Equal policies and α; another α shares nothing but what comes before."""
+    arms = {
+        "first": {"reference": {"ema": 0.5}},
+        "second": {"reference": {"ema": 0.5}, "max_abstain": 0.5},
+        "third": {"reference": {"ema": 0.25}},
+    }
+    world = World(tmp_path / "run", experiment(arms=arms)).go()
+    files = [world.folder(arm, 2).path / "reference" / "model.safetensors" for arm in arms]
+    assert files[0].stat().st_ino == files[1].stat().st_ino != files[2].stat().st_ino
+    assert world.metrics()["second", 2]["reused"] == ["reference", "sample", "pair", "train"]
+    assert world.metrics()["third", 2]["reused"] == ["sample", "judge", "pair"]
+
+
+def test_other_names_of_the_prior_reference_share_everything(tmp_path: Path) -> None:
+    arms = {"first": {}, "second": {"reference": {"every": 1}}, "third": {"reference": {"ema": 1}}}
+    world = World(tmp_path / "run", experiment(arms=arms)).go()
+    for arm in ("second", "third"):
+        assert world.metrics()[arm, 2]["reused"] == ["sample", "judge", "pair", "train", "evaluate"]
+
+
+def references_left(world: World, arm: str) -> list[int]:
+    last = world.run.experiment.arm(arm).rounds
+    return [i for i in range(1, last + 1) if (world.folder(arm, i).path / "reference").exists()]
+
+
+@pytest.mark.parametrize(("keep", "left"), [("all", [2, 3, 4]), ("last", []), ("best", [])])
+def test_averages_are_given_up_once_no_later_one_needs_them(tmp_path: Path, keep: str, left: list[int]) -> None:
+    arms = {"a": {"reference": {"ema": 0.5}}}
+    world = World(tmp_path / "run", experiment(arms=arms, rounds=4, keep=keep)).go()
+    assert references_left(world, "a") == left
+    assert policies_left(world, "a")[-1] == 4
+
+
+@pytest.mark.parametrize("keep", ["all", "last"])
+def test_resuming_around_an_average_gives_what_an_uninterrupted_run_gives(tmp_path: Path, keep: str) -> None:
+    """Killed before, within and after the making of it, before the pin and after, and where the one before goes."""
+    spec = experiment(arms={"a": {"reference": {"ema": 0.5}}}, rounds=4, keep=keep)
+    whole = results(World(tmp_path / "whole" / "run", spec).go().root)
+    assert any(name.endswith("/reference" if keep == "all" else "/.reference.pruned") for name in whole)
+    world = World(tmp_path / "run", spec)
+    for index, stage, moment in (
+        (2, "reference", "before"),
+        (2, "reference", "within"),
+        (2, "sample", "before"),
+        (2, "train", "within"),
+        (3, "reference", "after"),
+        (3, "close", "after"),
+        (4, "reference", "within"),
+        (4, "evaluate", "within"),
+    ):
+        with pytest.raises(Killed):
+            with_death(world.reopen(), "a", index, stage, moment)
+    again = world.reopen().go()
+    assert results(again.root) == whole
+    assert [path.name for path in again.root.rglob("*.tmp")] == []
 
 
 # --- what stops an arm, what stops a run ---

@@ -286,6 +286,19 @@ def test_summary_by_hand() -> None:
     json.dumps(summary, allow_nan=False)
 
 
+def test_summary_of_a_policy_that_had_a_reference() -> None:
+    """To the reference: (−1 − 1) − (−2 − 2) = 2 and −1 − (−0.5) = −0.5, mean 0.75; to π₀ 1 and 0, mean 0.5. Of
+    resamples of two values a quarter take each twice, so the bounds are the values."""
+    current = [candidate(0, "x y", (-1.0, -1.0)), candidate(1, "x", (-1.0,))]
+    initial, reference = [[-1.5, -1.5], [-1.0]], [[-2.0, -2.0], [-0.5]]
+    summary = summarise_held_out(current, [1.0, 1.0], [1.0, 1.0], initial, reference)
+    assert summary["kl_initial"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert summary["kl_reference"] == {"mean": 0.75, "low": -0.5, "high": 2.0}
+    assert summarise_held_out(current, [1.0, 1.0], [1.0, 1.0], initial)["kl_reference"] is None
+    with pytest.raises(ValueError, match="2 and 1 completions"):
+        summarise_held_out(current, [1.0, 1.0], [1.0, 1.0], initial, reference[:1])
+
+
 def test_summary_of_the_initial_policy_itself() -> None:
     """The initial policy against itself: change 0 without width, win rate ½, KL 0."""
     current = [candidate(index, f"text {index}", (-1.0, -2.0)) for index in range(3)]

@@ -112,7 +112,12 @@ def test_prompts(train: list[Prompt], held_out: list[Prompt]) -> None:
 
 
 @SLOW_DISK
-@given(st.lists(st.builds(HeldOutAnswer, CANDIDATE, SCORES | st.none(), TEXT | st.none(), LOGPROBS), max_size=3))
+@given(
+    st.lists(
+        st.builds(HeldOutAnswer, CANDIDATE, SCORES | st.none(), TEXT | st.none(), LOGPROBS, LOGPROBS | st.none()),
+        max_size=3,
+    )
+)
 def test_held_out_answers(answers: list[HeldOutAnswer]) -> None:
     found = there_and_back(write_held_out, read_held_out, answers)
     assert found == answers
