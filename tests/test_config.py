@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from online_dpo.config import EverySpec, Experiment, apply_override, load_experiment, merge
+from online_dpo.config import EverySpec, Experiment, ReferenceSpec, apply_override, load_experiment, merge
 from online_dpo.errors import ConfigError
 
 MINIMAL = """\
@@ -135,6 +135,8 @@ def test_no_such_arm(load: Load) -> None:
         ("dpo: {bta: 0.1}", "unknown key 'dpo.bta' (did you mean 'beta'?)"),
         ("arms: {a: {dpo: {bta: 0.1}}}", "unknown key 'arms.a.dpo.bta' (did you mean 'beta'?)"),
         ("arms: {a: {source: {evry: 2}}}", "unknown key 'arms.a.source.evry' (did you mean 'every'?)"),
+        ("arms: {a: {reference: {emma: 0.5}}}", "unknown key 'arms.a.reference.emma' (did you mean 'ema'?)"),
+        ("reference: {evry: 2}", "unknown key 'reference.evry' (did you mean 'every'?)"),
         ("evaluation: {jugde: {use: 'a:B'}}", "unknown key 'evaluation.jugde' (did you mean 'judge'?)"),
         ("lora: {rnak: 8}", "unknown key 'lora.rnak' (did you mean 'rank'?)"),
         ("learner: {zzz: 8}", "unknown key 'learner.zzz'; known: workers, dtype,"),
@@ -270,3 +272,29 @@ def test_every_zero_says_what_is_wrong(load: Load) -> None:
     assert "arms.a.source.every: Input should be greater than or equal to 1" in fault(
         load, "arms: {a: {source: {every: 0}}}"
     )
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("{ema: 0}", "reference.ema: Input should be greater than 0 (found 0)"),
+        ("{ema: 1.5}", "reference.ema: Input should be less than or equal to 1 (found 1.5)"),
+        ("{every: 0}", "reference.every: Input should be greater than or equal to 1 (found 0)"),
+        ("{every: 2, ema: 0.5}", "reference: either every or ema is needed, and not both"),
+        ("{}", "reference: either every or ema is needed, and not both"),
+        ("priro", "reference: Input should be 'prior' or 'initial' (found 'priro')"),
+    ],
+)
+def test_a_reference_that_is_none_is_named(load: Load, reference: str, says: str) -> None:
+    for added in (f"reference: {reference}", f"arms: {{a: {{reference: {reference}}}}}"):
+        said = fault(load, added)
+        assert says in said
+        assert "\n" not in said
+
+
+def test_an_arms_reference_takes_the_place_of_the_experiments(load: Load) -> None:
+    """Two rules do not merge into one that has both."""
+    experiment = load("reference: {every: 3}\narms: {a: {reference: {ema: 0.5}}, b: {reference: prior}, c: {}}")
+    assert experiment.arm("a").reference == ReferenceSpec(ema=0.5)
+    assert experiment.arm("b").reference == "prior"
+    assert experiment.arm("c").reference == ReferenceSpec(every=3)
