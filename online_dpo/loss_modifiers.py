@@ -44,7 +44,9 @@ def length_penalty(r: LogRatios, lengths_w: Tensor, lengths_l: Tensor, alpha: fl
     Optimization" (arXiv 2403.19159), eq. 9. All inputs [pairs].
     """
     require_pairs(*r, lengths_w, lengths_l)
-    return LogRatios(r.r_w + alpha / beta * lengths_w, r.r_l + alpha / beta * lengths_l)
+    # A number times whole lengths would be float32, whatever r is.
+    each = alpha / beta
+    return LogRatios(r.r_w + each * lengths_w.to(r.r_w.dtype), r.r_l + each * lengths_l.to(r.r_l.dtype))
 
 
 def ld_weights(values: Tensor, lengths: Tensor, shared: Tensor, alpha: float) -> Tensor:
@@ -58,8 +60,7 @@ def ld_weights(values: Tensor, lengths: Tensor, shared: Tensor, alpha: float) ->
     owner = owners(lengths, tokens)
     first = torch.cumsum(lengths, 0) - lengths
     position = torch.arange(tokens, device=lengths.device) - first[owner]
-    past = (position >= shared[owner]).to(values.dtype)
-    return 1 - (1 - alpha) * past
+    return torch.ones_like(values).masked_fill(position >= shared[owner], alpha)
 
 
 def wpo_weight(aligned_w: Tensor, aligned_l: Tensor) -> Tensor:
