@@ -107,6 +107,17 @@ def test_losses_import_torch_alone() -> None:
     assert others == {"torch"}
 
 
+def test_loss_modifiers_import_torch_and_losses_alone() -> None:
+    others = {m for m in modules(CORE / "loss_modifiers.py") if top(m) not in sys.stdlib_module_names}
+    assert all(belongs(module, "torch", "online_dpo.losses") for module in others), others
+
+
+@pytest.mark.parametrize("name", ["objective", "custom_loss"])
+def test_the_objective_knows_no_backend(name: str) -> None:
+    found = modules(CORE / f"{name}.py")
+    assert not any(belongs(module, BACKEND, "ray", "vllm", "transformers", "peft") for module in found)
+
+
 @pytest.mark.parametrize("name", ["learner.py", "hf_engine.py"])
 def test_learner_and_transformers_engine_know_no_ray(name: str) -> None:
     found = modules(CORE / "backends" / name)
