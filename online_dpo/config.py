@@ -203,7 +203,14 @@ class LearnerSpec(Spec):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the forward; weights and optimiser stay float32"
     )
+    layout: Literal["auto", "packed", "plain"] = Field(
+        default="auto", description="packed: a pair's prompt is computed once; auto: where the model's attention can"
+    )
+    tokens_per_pass: Positive | None = Field(
+        default=None, description="tokens of one forward pass on one worker; default 1024 on a CPU, 16384 on a GPU"
+    )
     activation_checkpointing: bool = False
+    save_every: Positive | None = Field(default=None, description="optimiser steps between checkpoints in a round")
     threads: Positive | None = Field(default=None, description="CPU threads a worker; default: cores / workers")
     gpus_per_worker: Annotated[float, Field(ge=0.0)] | None = None
 

@@ -78,7 +78,7 @@ class LossSpec(Spec):
 
 
 class DPOSpec(Spec):
-    """The loss and its optimiser. One step is `batch_size` pairs, whatever the micro-batch."""
+    """The loss and its optimiser. One step is `batch_size` pairs, whatever the passes it is cut into."""
 
     loss: LossName | LossSpec = "sigmoid"
     beta: AboveZero = 0.1
@@ -102,7 +102,6 @@ class DPOSpec(Spec):
     xpo_alpha: NonNegative = Field(default=0.0, description="α of + α·log π(answers drawn from the reference)")
     lr: AboveZero = 1e-6
     batch_size: Positive = 32
-    micro_batch_size: Positive = 4
     epochs: Positive = 1
     warmup: Fraction = Field(default=0.1, description="share of the round's steps")
     schedule: Literal["constant", "linear", "cosine"] = "constant"

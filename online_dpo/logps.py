@@ -1,7 +1,8 @@
 """Completion log-probs of a causal language model.
 
-One sequence is prompt + completion, right-padded; the model's head runs on the positions that predict a
-completion token and nowhere else, so neither prompt nor padding can enter a sum.
+A batch is either plain, one right-padded row a sequence (`collate`), or packed, each prompt once (`packing.pack`). In
+both the model's head runs on the positions that predict a completion token and nowhere else, so neither prompt nor
+padding can enter a sum.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from online_dpo.packing import Item, Packed
+from online_dpo.scored_head import Scores, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +44,12 @@ class Sequences:
         )
 
 
-def collate(items: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int = 0) -> Sequences:
+def collate(items: Sequence[Item], pad_token_id: int = 0) -> Sequences:
     """Batch (prompt token ids, completion token ids) items. The pad id is never attended to nor scored.
 
     Raises `ValueError` on an empty prompt (its first token would have no predictor) or completion.
     """
-    if any(not prompt or not completion for prompt, completion in items):
+    if any(not len(prompt) or not len(completion) for prompt, completion in items):
         raise ValueError("a prompt and a completion need at least one token each")
     width = max(len(prompt) + len(completion) for prompt, completion in items)
     token_ids = torch.full((len(items), width), pad_token_id, dtype=torch.long)
@@ -69,6 +73,16 @@ def collate(items: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: 
     )
 
 
+def chunked_head(model: nn.Module) -> nn.Linear | None:
+    """The model's output head where `scored` can stand for it: a bare linear layer; None for any other.
+
+    What a model does to the head's logits afterwards is known for soft-capping alone (`final_logit_softcapping`). A
+    model that does more is found out by trying it (`PolicyModel`).
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head if type(head) is nn.Linear else None
+
+
 @contextmanager
 def _head_only_at(model: nn.Module, predictors: Tensor) -> Iterator[None]:
     """Inside, the model's output head sees the hidden states at `predictors` alone: logits are [1, N, V].
@@ -89,21 +103,68 @@ def _head_only_at(model: nn.Module, predictors: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def token_logps(model: nn.Module, batch: Sequences) -> Tensor:
-    """log π(y_t | x, y_<t) of every completion token, shape [N], float32, sequences one after the other.
+@contextmanager
+def _head_scores(model: nn.Module, head: nn.Linear, targets: Tensor) -> Iterator[list[Scores]]:
+    """Inside, the head leaves its `Scores` of `targets` in the list and passes on nothing: no logits are formed.
+
+    The model is run whole all the same: workers that hold shards of it gather them by hooks on its own forward.
+    """
+    found: list[Scores] = []
+    config: Any = getattr(model, "config", None)  # peft hands on its base model's own
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def score(hidden: Tensor) -> Tensor:
+        found.append(scored(hidden.reshape(-1, hidden.shape[-1]), head, targets, cap))
+        return found[0].logps.view(1, -1, 1)
+
+    before = head.__dict__.get("forward")
+    head.forward = score  # type: ignore[method-assign,assignment]
+    if cap is not None:
+        config.final_logit_softcapping = None
+    try:
+        yield found
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before  # type: ignore[method-assign]
+        if cap is not None:
+            config.final_logit_softcapping = cap
+
+
+def token_logps(model: nn.Module, batch: Sequences | Packed, *, chunked: bool = False) -> Tensor:
+    """log π(y_t | x, y_<t) of every completion token, shape [N], float32, completions one after the other.
 
     The log-softmax is over the whole vocabulary in float32, whatever the model computes in.
     """
+    return token_scores(model, batch, chunked=chunked).logps
+
+
+def token_scores(model: nn.Module, batch: Sequences | Packed, *, chunked: bool = False) -> Scores:
+    """`token_logps`, and log Σ_v p_v² beside each. `chunked`: by `scored`, where `chunked_head` allows it.
+
+    A packed batch needs a model whose attention is `packed_attention`.
+    """
+    head = chunked_head(model) if chunked else None
     with _head_only_at(model, batch.predictors):
-        output = model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits: Tensor = output.logits.squeeze(0).float()
-    picked = logits.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
-    return picked - torch.logsumexp(logits, dim=-1)
+        if head is not None:
+            with _head_scores(model, head, batch.targets) as found:
+                _run(model, batch)
+            return found[0]
+        logits: Tensor = _run(model, batch).logits.squeeze(0).float()
+    logs = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
+    logps = logs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
+    return Scores(logps, torch.logsumexp(2 * logs.detach(), dim=-1))
 
 
-def sequence_logps(model: nn.Module, batch: Sequences) -> Tensor:
-    """log π(y|x) summed over each completion's tokens, shape [B], float32."""
-    per_token = token_logps(model, batch)
+def _run(model: nn.Module, batch: Sequences | Packed) -> Any:
+    if isinstance(batch, Packed):
+        return model(input_ids=batch.token_ids, position_ids=batch.position_ids, packed=batch.layout, use_cache=False)
+    return model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+def sequence_logps(model: nn.Module, batch: Sequences | Packed, *, chunked: bool = False) -> Tensor:
+    """log π(y|x) summed over each completion's tokens, shape [completions], float32."""
+    per_token = token_logps(model, batch, chunked=chunked)
     owner = torch.repeat_interleave(
         torch.arange(len(batch.lengths), device=per_token.device),
         torch.tensor(batch.lengths, device=per_token.device),

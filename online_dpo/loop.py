@@ -12,11 +12,11 @@ from online_dpo.arms import Arm, Run
 from online_dpo.config import Experiment
 from online_dpo.errors import TrainingError
 from online_dpo.evaluate_stage import evaluate_policy, held_out_figures
-from online_dpo.files import digest_json
+from online_dpo.files import digest_json, remove
 from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pairing import make_pairs
 from online_dpo.prompts import prompts_for_round
-from online_dpo.protocols import TrainStart, TrainStep
+from online_dpo.protocols import TrainJob, TrainStart, TrainStep
 from online_dpo.records import (
     read_candidates,
     read_pairs,
@@ -28,7 +28,7 @@ from online_dpo.rounds import Pinned, pin, still_needed
 from online_dpo.sample_stage import sample_round
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, RunStore, StageRecord
-from online_dpo.types import Abstain, Candidate, Policy, Verdict
+from online_dpo.types import Abstain, Candidate, Pair, Policy, Verdict
 
 
 def run_experiment(run: Run) -> dict[str, str]:
@@ -132,6 +132,22 @@ def _train(
 ) -> StageRecord:
     seed = derive_seed(arm.seed, "train", folder.index)
     dpo = arm.settings.dpo
+    checkpoint = folder.path / ".train.checkpoint"
+
+    def job(pairs: tuple[Pair, ...], out: Path) -> TrainJob:
+        return TrainJob(
+            policy=pinned.start,
+            reference=pinned.reference,
+            source=pinned.source,
+            pairs=pairs,
+            dpo=dpo,
+            policy_id=f"{arm.name}/seed_{arm.seed}/round_{folder.index:02d}",
+            out=out,
+            seed=seed,
+            folders=arm.run.judge_folders,
+            cache=arm.run.store.root / "logps.sqlite",
+            checkpoint=checkpoint,
+        )
 
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
@@ -143,16 +159,7 @@ def _train(
         starts: list[TrainStart] = []
         steps: list[TrainStep] = []
         arm.run.progress.start(f"{arm.label} · round {folder.index} train", len(pairs) * dpo.epochs, "pairs")
-        for event in arm.run.learner.train(
-            pinned.start,
-            pinned.reference,
-            pinned.source,
-            pairs,
-            dpo,
-            policy_id=f"{arm.name}/seed_{arm.seed}/round_{folder.index:02d}",
-            out=out / "policy",
-            seed=seed,
-        ):
+        for event in arm.run.learner.train(job(tuple(pairs), out / "policy")):
             if isinstance(event, TrainStart):
                 starts.append(event)
             elif isinstance(event, TrainStep):
@@ -171,7 +178,9 @@ def _train(
         "dpo": digest_json(dpo.model_dump()),
         "seed": str(seed),
     }
-    return folder.stage("train", inputs, ["policy"], produce)
+    record = folder.stage("train", inputs, ["policy"], produce)
+    remove(checkpoint)
+    return record
 
 
 def _train_figures(start: TrainStart, steps: Sequence[TrainStep], seconds: float) -> dict[str, Any]:

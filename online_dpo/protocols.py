@@ -45,6 +45,28 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TrainJob:
+    """One round's training: `policy` on `pairs` against `reference`; `source` sampled the pairs.
+
+    The trained policy is saved into the folder `out` as `policy_id`. `seed`: of the order of the pairs and of fresh
+    adapters. `folders`: where a loss of the user's own lies. `cache`: the file with log-probs of references.
+    `checkpoint`: the folder that a long round's state is kept in, None for none.
+    """
+
+    policy: Policy
+    reference: Policy
+    source: Policy
+    pairs: tuple[Pair, ...]
+    dpo: DPOSpec
+    policy_id: str
+    out: Path
+    seed: int
+    folders: tuple[Path, ...] = ()
+    cache: Path | None = None
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrainStep:
     """What one optimiser step reports, before its update: means over the step's pairs.
 
@@ -72,7 +94,8 @@ class TrainStart:
 
     `engine_gap_token`/`engine_gap_sequence`: largest |stored − learner| log-prob difference per token and
     per sequence on a sample of the pairs, at the source's own weights. `reference_from` says where the reference's
-    log-probs came from: "engine" (stored at sampling) or "learner" (one pass without gradients).
+    log-probs came from: "engine" (stored at sampling), "cache" (computed before), "learner" (one pass without
+    gradients) or "none" (a loss without a reference).
     """
 
     reference_from: str
@@ -83,21 +106,11 @@ class TrainStart:
 class Learner(Protocol):
     """Trains. Keeps one model in memory and its workers alive between rounds."""
 
-    def train(
-        self,
-        policy: Policy,
-        reference: Policy,
-        source: Policy,
-        pairs: Sequence[Pair],
-        dpo: DPOSpec,
-        *,
-        policy_id: str,
-        out: Path,
-        seed: int,
-    ) -> Iterator[TrainStart | TrainStep | Policy]:
-        """Train `policy` on `pairs` against `reference`, save to `out`.
+    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
+        """Do `job`.
 
-        Yields one `TrainStart`, a `TrainStep` per optimiser step, and last the saved `Policy` (id `policy_id`).
+        Yields one `TrainStart`, a `TrainStep` per optimiser step, and last the saved `Policy`. A job that a checkpoint
+        has the beginning of yields the steps that were done again, as they were.
         Raises `TrainingError` on a non-finite loss or gradient; nothing is saved then.
         """
 

@@ -56,6 +56,16 @@ def gathered(mine: list[T]) -> list[T]:
     return merged
 
 
+def gathered_by_index(mine: dict[int, T]) -> dict[int, T]:
+    """Every worker's entries in one mapping, at every worker."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return mine
+    shards: list[dict[int, T]] = [{} for _ in range(world)]
+    dist.all_gather_object(shards, mine)
+    return {index: value for shard in shards for index, value in shard.items()}
+
+
 def from_first(value: T) -> T:
     """Worker 0's `value`, at every worker."""
     if rank_and_world()[1] == 1:

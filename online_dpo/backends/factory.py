@@ -114,7 +114,9 @@ def start_backends(
             for rank, worker in enumerate(workers)
         ]
         engine_build = engine_actor.build.remote(kind, settings, experiment.engine, max_model_len)
-        cluster.wait(building, EngineError, "a learner worker")
+        why, *_ = cluster.wait(building, EngineError, "a learner worker")
+        if why:
+            say(f"learner: {why}")
         cluster.wait(engine_build, EngineError, "the engine")
         yield Backends(cluster.RayEngine(engine_actor, kind), cluster.RayLearner(workers), place_judge)
     finally:

@@ -1,89 +1,73 @@
-"""DPO on one worker of a group (or alone): the step, the reference's log-probs, the checks. Knows no Ray."""
+"""DPO on one worker of a group (or alone): a round's steps, the checks, the checkpoints. Knows no Ray."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from online_dpo.backends.distributed import from_first, gathered, rank_and_world, sum_gradients, summed
+from online_dpo.backends.distributed import from_first, sum_gradients
 from online_dpo.backends.optimiser import learning_rate, make_optimiser
-from online_dpo.backends.policy_model import Item, PolicyModel
+from online_dpo.backends.policy_model import PolicyModel
+from online_dpo.backends.reference_logps import reference_logps, shared_logps
+from online_dpo.backends.round_checkpoint import Progress, RoundCheckpoint
+from online_dpo.backends.step import StepLoss, StepSums
 from online_dpo.config import DPOSpec
 from online_dpo.errors import TrainingError
-from online_dpo.losses import LN2, implicit_rewards, log_ratios, sigmoid
+from online_dpo.files import digest_json
+from online_dpo.objective import Objective
 from online_dpo.policies import write_policy
-from online_dpo.protocols import TrainStart, TrainStep
-from online_dpo.types import Candidate, Pair, Policy, Probe, Prompt
-
-GAP_SAMPLE = 4
-"""Pairs on which the engine's stored log-probs are held against the learner's own, every round."""
-
-
-class PairSums(NamedTuple):
-    """Summed reference log-probs of all pairs, each [pairs], float32."""
-
-    ref_w: Tensor
-    ref_l: Tensor
-
-
-def chosen_item(pair: Pair) -> Item:
-    """Prompt and chosen completion, as sampled."""
-    return pair.prompt.token_ids, pair.chosen.token_ids
-
-
-def rejected_item(pair: Pair) -> Item:
-    """Prompt and rejected completion, as sampled."""
-    return pair.prompt.token_ids, pair.rejected.token_ids
+from online_dpo.protocols import TrainJob, TrainStart, TrainStep
+from online_dpo.types import Candidate, Policy, Probe, Prompt
 
 
 class LocalLearner:
-    """Implements `protocols.Learner` in this process; one of `world` equal workers when a group was joined."""
+    """Implements `protocols.Learner` in this process; one of `world` equal workers when a group was joined.
 
-    def __init__(self, model: PolicyModel, probe_token_ids: Sequence[int], *, share_gpu: bool = False) -> None:
+    `save_every`: optimiser steps between checkpoints within a round; None for none.
+    """
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        probe_token_ids: Sequence[int],
+        *,
+        share_gpu: bool = False,
+        save_every: int | None = None,
+    ) -> None:
         self.model = model
         self.share_gpu = share_gpu
+        self.save_every = save_every
         self.probe_token_ids = tuple(probe_token_ids)
-        self.rank, self.world = rank_and_world()
 
-    def train(
-        self,
-        policy: Policy,
-        reference: Policy,
-        source: Policy,
-        pairs: Sequence[Pair],
-        dpo: DPOSpec,
-        *,
-        policy_id: str,
-        out: Path,
-        seed: int,
-    ) -> Iterator[TrainStart | TrainStep | Policy]:
+    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
         """See `protocols.Learner.train`. Every worker runs it whole; worker 0 saves."""
-        if not pairs:
-            raise TrainingError("no pairs to train on")
-        sums, start = self._reference_sums(reference, source, pairs, dpo)
+        objective = Objective(job.dpo, job.folders)
+        self._check(job, objective)
+        needed = objective.needs_reference or objective.needs_ranking
+        tolerance = self._tolerance(job.dpo)
+        reference, start = reference_logps(self.model, job, tolerance, needed=needed)
         yield start
-        self.model.load(policy, seed)
+        self.model.load(job.policy, job.seed)
         # From the first step on, the weights in memory are no saved policy's.
         self.model.loaded = None
-        expect_zero = policy.digest == reference.digest
-        for step in self._steps(pairs, sums, dpo, seed):
-            if expect_zero and step.step == 1:
+        expect_zero = needed and job.policy.digest == job.reference.digest
+        checkpoint = self._checkpoint(job)
+        for step, sums in self._steps(job, StepLoss(self.model, job, objective, reference), checkpoint):
+            if expect_zero and step.step == 1 and sums is not None:
                 # A tolerance of zero asks for computed references; their forward still rounds.
-                check_first_step(step, start, dpo.beta, max(self._tolerance(dpo), self._rounding()))
+                expected = sums.expected / min(job.dpo.batch_size, len(job.pairs))
+                check_first_step(step, start, expected, job.dpo, max(tolerance, self._rounding()))
             yield step
-        yield self._save(policy_id, out)
+        yield self._save(job)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         """See `protocols.Learner.score`. Workers share the items."""
         self.model.load(policy)
-        mine = [(prompt.token_ids, answer.token_ids) for prompt, answer in items[self.rank :: self.world]]
-        return gathered(self.model.per_token(mine, batch_size=8))
+        return shared_logps(self.model, [(prompt.token_ids, answer.token_ids) for prompt, answer in items])
 
     def probe(self, policy: Policy, token_ids: Sequence[int]) -> Probe:
         """See `protocols.Learner.probe`."""
@@ -95,111 +79,100 @@ class LocalLearner:
         if self.share_gpu:
             self.model.rest()
 
+    def _check(self, job: TrainJob, objective: Objective) -> None:
+        if not job.pairs:
+            raise TrainingError("no pairs to train on")
+        if objective.needs_origin and job.source.digest != job.reference.digest:
+            raise TrainingError(
+                "dpo.xpo_alpha needs answers drawn from the reference: the round's source must be its reference "
+                "(source: current with reference: prior, or source: initial with reference: initial)"
+            )
+
     def _tolerance(self, dpo: DPOSpec) -> float:
         return self._rounding() if dpo.engine_gap_tolerance is None else dpo.engine_gap_tolerance
 
     def _rounding(self) -> float:
         return 1e-3 if self.model.dtype == torch.float32 else 0.05
 
-    def _reference_sums(
-        self, reference: Policy, source: Policy, pairs: Sequence[Pair], dpo: DPOSpec
-    ) -> tuple[PairSums, TrainStart]:
-        """The reference's log-probs: the engine's stored ones where they are the reference's own and agree."""
-        # Every worker must take the same branch: beside the tolerance, their rounding could differ.
-        gap_token, gap_sequence = from_first(self._engine_gap(source, pairs, dpo))
-        if reference.digest == source.digest and gap_token <= self._tolerance(dpo):
-            stored = [(sum(p.chosen.logprobs), sum(p.rejected.logprobs)) for p in pairs]
-            return _pair_sums(stored), TrainStart("engine", gap_token, gap_sequence)
-        self.model.load(reference)
-        return self._computed_sums(pairs, dpo), TrainStart("learner", gap_token, gap_sequence)
-
-    def _engine_gap(self, source: Policy, pairs: Sequence[Pair], dpo: DPOSpec) -> tuple[float, float]:
-        """Largest |engine − learner| log-prob at the source's own weights, a token and a sequence, on a few pairs."""
-        self.model.load(source)
-        spread = [pairs[i * len(pairs) // min(GAP_SAMPLE, len(pairs))] for i in range(min(GAP_SAMPLE, len(pairs)))]
-        answers = [a for p in spread for a in (p.chosen, p.rejected)]
-        items = [item for p in spread for item in (chosen_item(p), rejected_item(p))]
-        own = self.model.per_token(items, batch_size=2 * dpo.micro_batch_size)
-        tokens = [
-            mine - theirs
-            for values, answer in zip(own, answers, strict=True)
-            for mine, theirs in zip(values, answer.logprobs, strict=True)
+    def _checkpoint(self, job: TrainJob) -> RoundCheckpoint | None:
+        if self.save_every is None or job.checkpoint is None:
+            return None
+        pairs = [
+            [*pair.prompt.token_ids, -1, *pair.chosen.token_ids, -1, *pair.rejected.token_ids] for pair in job.pairs
         ]
-        return _largest(tokens), _largest([sum(v) - sum(a.logprobs) for v, a in zip(own, answers, strict=True)])
+        policies = [job.policy.digest, job.reference.digest, job.source.digest]
+        return RoundCheckpoint(
+            job.checkpoint, digest_json([policies, pairs, job.dpo.model_dump(mode="json"), job.seed])
+        )
 
-    def _computed_sums(self, pairs: Sequence[Pair], dpo: DPOSpec) -> PairSums:
-        """One pass without gradients under the weights that are loaded now; workers share the pairs."""
-        mine = pairs[self.rank :: self.world]
-        items = [item for p in mine for item in (chosen_item(p), rejected_item(p))]
-        values = [sum(v) for v in self.model.per_token(items, batch_size=2 * dpo.micro_batch_size)]
-        return _pair_sums(gathered(list(zip(values[0::2], values[1::2], strict=True))))
-
-    def _steps(self, pairs: Sequence[Pair], sums: PairSums, dpo: DPOSpec, seed: int) -> Iterator[TrainStep]:
-        optimiser = make_optimiser(self.model.trainable, dpo)
-        batches = batch_order(len(pairs), dpo, seed)
-        for number, batch in enumerate(batches):
+    def _steps(
+        self, job: TrainJob, loss: StepLoss, checkpoint: RoundCheckpoint | None
+    ) -> Iterator[tuple[TrainStep, StepSums | None]]:
+        """Every step, with its sums; without them where a checkpoint has it."""
+        optimiser = make_optimiser(self.model.trainable, job.dpo)
+        batches = batch_order(len(job.pairs), job.dpo, job.seed)
+        progress = Progress() if checkpoint is None else checkpoint.load(self.model.trainable, optimiser)
+        yield from ((step, None) for step in progress.steps)
+        for number in range(len(progress.steps), len(batches)):
             began = time.perf_counter()
-            lr = learning_rate(number, len(batches), dpo)
+            batch = batches[number]
+            lr = learning_rate(number, len(batches), job.dpo)
             for group in optimiser.param_groups:
                 group["lr"] = lr
             optimiser.zero_grad(set_to_none=True)
-            stats = self._backward(pairs, sums, batch, dpo)
-            sum_gradients(self.model.trainable)
-            norm = float(torch.nn.utils.clip_grad_norm_(self.model.trainable, dpo.clip))
-            loss, margin, accuracy, r_w, r_l = (stats[:5] / len(batch)).tolist()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"step {number + 1} of {len(batches)}: loss {loss}, gradient norm {norm}; "
-                    "the last good policy is kept"
-                )
+            sums = loss.backward(batch, progress.delta)
+            norm = self._gradient_norm(job.dpo)
+            step = reported(sums, len(batch), number + 1, len(batches), norm, lr)
             optimiser.step()
-            yield TrainStep(
-                step=number + 1,
-                steps=len(batches),
-                loss=loss,
-                margin=margin,
-                accuracy=accuracy,
-                grad_norm=norm,
-                lr=lr,
-                r_w=r_w,
-                r_l=r_l,
-                tokens=int(stats[5]),
-                seconds=time.perf_counter() - began,
-            )
+            step = replace(step, seconds=time.perf_counter() - began)
+            progress = advanced(progress, step, sums, len(batch))
+            if checkpoint is not None and self.save_every and (number + 1) % self.save_every == 0:
+                self._keep(checkpoint, progress, optimiser)
+            yield step, sums
 
-    def _backward(self, pairs: Sequence[Pair], sums: PairSums, batch: Sequence[int], dpo: DPOSpec) -> Tensor:
-        """Gradients of the batch's mean loss, accumulated over this worker's micro-batches.
+    def _gradient_norm(self, dpo: DPOSpec) -> float:
+        """The gradients of all workers added, their norm, and they themselves clipped to `dpo.clip`."""
+        sum_gradients(self.model.trainable)
+        return float(torch.nn.utils.clip_grad_norm_(self.model.trainable, dpo.clip))
 
-        Each micro-batch's summed loss is divided by the whole batch's size, so the gradient is that of the mean over
-        the batch whatever the micro-batch size and the number of workers.
-        Returns sums over the batch: loss, margin, wins, r_w, r_l, tokens.
-        """
-        stats = torch.zeros(6, dtype=torch.float64)
-        mine = batch[self.rank :: self.world]
-        for start in range(0, len(mine), dpo.micro_batch_size):
-            index = mine[start : start + dpo.micro_batch_size]
-            items = [item for i in index for item in (chosen_item(pairs[i]), rejected_item(pairs[i]))]
-            pi = self.model.sums(items)
-            ref_w, ref_l = (s[list(index)].to(pi.device) for s in sums)
-            r = log_ratios(pi[0::2], pi[1::2], ref_w, ref_l)
-            losses = sigmoid(r, dpo.beta, dpo.label_smoothing)
-            (losses.sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
-            reward_w, reward_l = implicit_rewards(r, dpo.beta)
-            margins = reward_w - reward_l
-            wins = (margins > 0).double() + 0.5 * (margins == 0).double()
-            parts = (losses.detach(), margins, wins, r.r_w.detach(), r.r_l.detach())
-            stats[:5] += torch.stack([part.double().sum() for part in parts]).cpu()
-            stats[5] += sum(len(prompt) + len(completion) for prompt, completion in items)
-        return summed(stats.to(self.model.device)).cpu()
+    def _keep(self, checkpoint: RoundCheckpoint, progress: Progress, optimiser: torch.optim.Optimizer) -> None:
+        if self.model.rank == 0:
+            checkpoint.save(progress, self.model.trainable, optimiser)
 
-    def _save(self, policy_id: str, out: Path) -> Policy:
+    def _save(self, job: TrainJob) -> Policy:
         saved: list[Policy] = []
-        if self.rank == 0:
-            saved = [self.model.save(policy_id, out, self.probe_token_ids)]
+        if self.model.rank == 0:
+            saved = [self.model.save(job.policy_id, job.out, self.probe_token_ids)]
             write_policy(saved[0])
         (policy,) = from_first(saved)
         self.model.loaded = policy.digest
         return policy
+
+
+def reported(sums: StepSums, pairs: int, number: int, of: int, norm: float, lr: float) -> TrainStep:
+    """What a step reports: means over its pairs. Raises `TrainingError` on a loss or gradient that is not finite."""
+    loss = sums.loss / pairs
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(f"step {number} of {of}: loss {loss}, gradient norm {norm}; the last good policy is kept")
+    return TrainStep(
+        step=number,
+        steps=of,
+        loss=loss,
+        margin=sums.margin / pairs,
+        accuracy=sums.wins / pairs,
+        grad_norm=norm,
+        lr=lr,
+        r_w=sums.r_w / pairs,
+        r_l=sums.r_l / pairs,
+        tokens=sums.tokens,
+        seconds=0.0,
+    )
+
+
+def advanced(progress: Progress, step: TrainStep, sums: StepSums, pairs: int) -> Progress:
+    """`progress` one step on; δ is the mean reward over all pairs so far."""
+    seen = progress.seen + pairs
+    return Progress((*progress.steps, step), (progress.delta * progress.seen + sums.reward) / seen, seen)
 
 
 def batch_order(pairs: int, dpo: DPOSpec, seed: int) -> list[list[int]]:
@@ -212,26 +185,19 @@ def batch_order(pairs: int, dpo: DPOSpec, seed: int) -> list[list[int]]:
     return batches
 
 
-def check_first_step(step: TrainStep, start: TrainStart, beta: float, tolerance: float) -> None:
-    """Policy = reference gives loss ln 2 and margin 0 (Rafailov 2023 eq. 7 at Δ = 0); else log-probs are wrong.
+def check_first_step(step: TrainStep, start: TrainStart, expected: float, dpo: DPOSpec, tolerance: float) -> None:
+    """Policy = reference gives margin 0, and of the plain DPO loss ln 2 (Rafailov 2023 eq. 7 at Δ = 0).
 
-    Where the reference's log-probs are the engine's, Δ may be off by the gap between engine and learner, twice what a
-    few pairs showed on each side; a micro-batch's other padding moves float32 by less. The margin is β·Δ.
+    `expected`: the loss that this arm's objective has at policy = reference. Where the reference's log-probs are the
+    engine's, Δ may be off by the gap between engine and learner, twice what a few pairs showed on each side; another
+    packing moves float32 by less. The margin is β·Δ, and the plain loss is no steeper in Δ; other losses may be, so
+    the margin alone is looked at there. Raises `TrainingError`.
     """
     gap = start.engine_gap_sequence if start.reference_from == "engine" else 0.0
-    allowed = beta * max(4 * gap, 20 * tolerance)
-    if abs(step.margin) > allowed or abs(step.loss - LN2) > allowed:
+    allowed = dpo.beta * max(4 * gap, 20 * tolerance)
+    off = abs(step.loss - expected) > allowed and dpo.loss in ("sigmoid", "robust") and not dpo.averaged
+    if abs(step.margin) > allowed or off:
         raise TrainingError(
-            f"the first step of a fresh round must have loss ln 2 = {LN2:.4f} and margin 0, found loss "
+            f"the first step of a fresh round must have loss {expected:.4f} and margin 0, found loss "
             f"{step.loss:.4f} and margin {step.margin:.4f}: the reference's log-probs are not this policy's"
         )
-
-
-def _largest(differences: Sequence[float]) -> float:
-    """The largest absolute value; infinite when one is undefined (`max` would pass over a NaN)."""
-    return max(math.inf if math.isnan(value) else abs(value) for value in differences)
-
-
-def _pair_sums(values: Sequence[tuple[float, float]]) -> PairSums:
-    table = torch.tensor(values, dtype=torch.float32)
-    return PairSums(table[:, 0], table[:, 1])

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from online_dpo.backends.distributed import rank_and_world
+from online_dpo.backends.forward import ItemScores, choose_forward
 from online_dpo.backends.hf_model import load_causal_lm, silence_dropout, torch_dtype
 from online_dpo.backends.stacked_adapter import drop_stacked, load_adapter
 from online_dpo.config import LoraSpec
 from online_dpo.errors import ModelError, one_line
-from online_dpo.logps import collate, sequence_logps, token_logps
+from online_dpo.matmul import quicken
 from online_dpo.models import digest_folder, load_tokenizer
+from online_dpo.packing import Item
+from online_dpo.passes import fill
 from online_dpo.types import Policy, Probe
 
-Item = tuple[Sequence[int], Sequence[int]]
-"""Prompt token ids and completion token ids."""
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+"""Enough tokens to keep the arithmetic units busy; more would only need more memory."""
 
 
 class PolicyModel:
@@ -38,9 +42,13 @@ class PolicyModel:
         dtype: str = "auto",
         device: torch.device | None = None,
         activation_checkpointing: bool = False,
+        layout: str = "auto",
+        tokens_per_pass: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.initial = initial
+        self.rank, self.world = rank_and_world()
+        self.sharded = False
         self.trust_remote_code = trust_remote_code
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch_dtype(dtype, self.device)
@@ -55,6 +63,10 @@ class PolicyModel:
             # transformers checkpoints in training mode alone; every dropout is zero, so the mode changes nothing else.
             model.train()
         self.model: Any = model.to(self.device)
+        if self.device.type == "cpu":
+            quicken(self.model)
+        self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[self.device.type]
+        self.forward = choose_forward(self.model, layout, self.device, self.autocast)
         self.loaded: str | None = initial.digest
 
     @property
@@ -108,23 +120,18 @@ class PolicyModel:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def sums(self, items: Sequence[Item]) -> Tensor:
-        """log π(y|x) of each item, shape [items], with gradients."""
+    def scores(self, items: Sequence[Item]) -> ItemScores:
+        """Per-token log-probs of the items' completions in one pass, with gradients."""
         with self.autocast():
-            return sequence_logps(self.model, collate(items).to(self.device))
+            return self.forward.scores(self.model, items, self.device)
 
     @torch.no_grad()
-    def per_token(self, items: Sequence[Item], batch_size: int) -> list[list[float]]:
-        """Per-token log-probs of each completion, batched by length, in the items' order."""
-        order = sorted(range(len(items)), key=lambda i: len(items[i][0]) + len(items[i][1]), reverse=True)
+    def per_token(self, items: Sequence[Item]) -> list[list[float]]:
+        """Per-token log-probs of each completion, in as many passes as the token budget asks, in the items' order."""
         result: list[list[float]] = [[] for _ in items]
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([items[i] for i in chosen]).to(self.device)
-            with self.autocast():
-                values = torch.split(token_logps(self.model, batch).cpu(), list(batch.lengths))
-            for i, value in zip(chosen, values, strict=True):
-                result[i] = value.tolist()
+        for chosen in fill([[item] for item in items], self.tokens_per_pass):
+            for i, values in zip(chosen, self.scores([items[i] for i in chosen]).each(), strict=True):
+                result[i] = values
         return result
 
     def probe(self, token_ids: Sequence[int]) -> Probe:
@@ -133,8 +140,8 @@ class PolicyModel:
         It says which weights an engine holds: rounding of the learner's own would only blur that.
         """
         with torch.no_grad():
-            values = token_logps(self.model, collate([(token_ids[:1], token_ids[1:])]).to(self.device))
-        return Probe(tuple(token_ids), tuple(values.tolist()))
+            [values] = self.forward.scores(self.model, [(token_ids[:1], token_ids[1:])], self.device).each()
+        return Probe(tuple(token_ids), tuple(values))
 
 
 def _make_generation_saveable(model: Any) -> None:
@@ -164,6 +171,9 @@ def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
         raise ModelError(f"lora.target_modules {lora.target_modules!r}: {one_line(error)}") from error
     # Where the base lies differs from machine to machine; the run's manifest names it by digest.
     wrapped.peft_config["default"].base_model_name_or_path = model_name
+    # peft holds the names as a set, which another process would write in another order: another digest.
+    named = wrapped.peft_config["default"].target_modules
+    wrapped.peft_config["default"].target_modules = named if isinstance(named, str) else sorted(named)
     silence_dropout(wrapped)
     return wrapped.eval()
 

@@ -8,17 +8,16 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from online_dpo.config import DPOSpec, EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
+from online_dpo.config import EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
 from online_dpo.errors import ConfigError, EngineError, OnlineDPOError, TrainingError, one_line
-from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
-from online_dpo.types import Candidate, Pair, Policy, Probe, Prompt
+from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
+from online_dpo.types import Candidate, Policy, Probe, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +28,6 @@ class ModelSettings:
     name: str
     lora: LoraSpec | None
     trust_remote_code: bool
-
-
-TrainWork = tuple[Policy, Policy, Policy, list[Pair], DPOSpec]
-"""policy, reference, source, pairs, dpo: sent once, read by every worker."""
 
 
 class EngineActor:
@@ -91,8 +86,8 @@ class LearnerActor:
         spec: LearnerSpec,
         probe_token_ids: Sequence[int],
         share_gpu: bool,
-    ) -> None:
-        """Join the group and load the model."""
+    ) -> str:
+        """Join the group and load the model; returns what the model could not do (`Forward.why`)."""
         import torch
 
         from online_dpo.backends.distributed import join
@@ -108,14 +103,16 @@ class LearnerActor:
             lora=settings.lora,
             dtype=spec.dtype,
             activation_checkpointing=spec.activation_checkpointing,
+            layout=spec.layout,
+            tokens_per_pass=spec.tokens_per_pass,
             trust_remote_code=settings.trust_remote_code,
         )
-        self.learner = LocalLearner(model, probe_token_ids, share_gpu=share_gpu)
+        self.learner = LocalLearner(model, probe_token_ids, share_gpu=share_gpu, save_every=spec.save_every)
+        return model.forward.why
 
-    def train(self, work: TrainWork, policy_id: str, out: Path, seed: int) -> Iterator[TrainStart | TrainStep | Policy]:
+    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
         """`protocols.Learner.train`, streamed."""
-        policy, reference, source, pairs, dpo = work
-        yield from self.learner.train(policy, reference, source, pairs, dpo, policy_id=policy_id, out=out, seed=seed)
+        yield from self.learner.train(job)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         """`protocols.Learner.score`."""
@@ -164,25 +161,10 @@ class RayLearner:
     def __init__(self, workers: Sequence[ActorHandle]) -> None:
         self.workers = list(workers)
 
-    def train(
-        self,
-        policy: Policy,
-        reference: Policy,
-        source: Policy,
-        pairs: Sequence[Pair],
-        dpo: DPOSpec,
-        *,
-        policy_id: str,
-        out: Path,
-        seed: int,
-    ) -> Iterator[TrainStart | TrainStep | Policy]:
+    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
         """`protocols.Learner.train`; what worker 0 says is passed on, the others work in step with it."""
-        shared = ray.put((policy, reference, source, list(pairs), dpo))
-        streams = [
-            worker.train.options(num_returns="streaming").remote(shared, policy_id, out, seed)
-            for worker in self.workers
-        ]
-        yield from in_step(streams)
+        shared = ray.put(job)
+        yield from in_step([worker.train.options(num_returns="streaming").remote(shared) for worker in self.workers])
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         """`protocols.Learner.score`."""

@@ -1,0 +1,93 @@
+"""Where a round's reference log-probs come from: the engine that sampled, the cache, or one pass without gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from online_dpo.backends.distributed import from_first, gathered
+from online_dpo.backends.logp_cache import LogpCache, cache_key
+from online_dpo.backends.policy_model import PolicyModel
+from online_dpo.packing import Item
+from online_dpo.protocols import TrainJob, TrainStart
+from online_dpo.types import Pair, Policy
+
+GAP_SAMPLE = 4
+"""Pairs on which the engine's stored log-probs are held against the learner's own, every round."""
+
+PairLogps = tuple[Sequence[float], Sequence[float]]
+"""Per-token log-probs of a pair's chosen and rejected completion."""
+
+
+def items_of(pairs: Sequence[Pair]) -> list[Item]:
+    """All chosen completions behind their prompts, then all rejected ones; tokens as sampled."""
+    chosen = [(pair.prompt.token_ids, pair.chosen.token_ids) for pair in pairs]
+    return [*chosen, *((pair.prompt.token_ids, pair.rejected.token_ids) for pair in pairs)]
+
+
+def stored_logps(pairs: Sequence[Pair]) -> list[PairLogps]:
+    """What the engine stored as it sampled."""
+    return [(pair.chosen.logprobs, pair.rejected.logprobs) for pair in pairs]
+
+
+def reference_logps(
+    model: PolicyModel, job: TrainJob, tolerance: float, *, needed: bool
+) -> tuple[list[PairLogps], TrainStart]:
+    """The reference's log-probs of all pairs, and how they were come by.
+
+    The engine's stored ones, where it sampled with the reference's very weights and agrees with the learner to
+    `tolerance` nats a token on a few pairs. Without `needed` (a loss without a reference) there are none.
+    """
+    # Every worker must take the same branch: beside the tolerance, their rounding could differ.
+    gap_token, gap_sequence = from_first(_engine_gap(model, job.source, job.pairs))
+    if not needed:
+        return [], TrainStart("none", gap_token, gap_sequence)
+    if job.reference.digest == job.source.digest and gap_token <= tolerance:
+        return stored_logps(job.pairs), TrainStart("engine", gap_token, gap_sequence)
+    values, found = _cached(model, job)
+    half = len(job.pairs)
+    origin = "cache" if found == len(values) else "learner"
+    return list(zip(values[:half], values[half:], strict=True)), TrainStart(origin, gap_token, gap_sequence)
+
+
+def _engine_gap(model: PolicyModel, source: Policy, pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Largest |engine − learner| log-prob at the source's own weights, a token and a sequence, on a few pairs."""
+    model.load(source)
+    sample = min(GAP_SAMPLE, len(pairs))
+    spread = [pairs[i * len(pairs) // sample] for i in range(sample)]
+    theirs = [pair.chosen.logprobs for pair in spread] + [pair.rejected.logprobs for pair in spread]
+    own = model.per_token(items_of(spread))
+    tokens = [a - b for mine, stored in zip(own, theirs, strict=True) for a, b in zip(mine, stored, strict=True)]
+    return _largest(tokens), _largest([sum(a) - sum(b) for a, b in zip(own, theirs, strict=True)])
+
+
+def _cached(model: PolicyModel, job: TrainJob) -> tuple[list[list[float]], int]:
+    """The reference's log-probs of `items_of(pairs)`, and how many of them were in the cache."""
+    items = items_of(job.pairs)
+    precision = str(model.dtype).removeprefix("torch.")
+    keys = [cache_key(job.reference.digest, precision, item) for item in items]
+    cache = LogpCache(job.cache) if job.cache is not None else None
+    # Worker 0 alone opens the file: all must miss the same ones.
+    known = from_first(cache.find(list(dict.fromkeys(keys))) if cache is not None and model.rank == 0 else {})
+    missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
+    if missing:
+        model.load(job.reference)
+        fresh = dict(zip(missing, shared_logps(model, list(missing.values())), strict=True))
+        if cache is not None and model.rank == 0:
+            cache.keep(fresh)
+    else:
+        fresh = {}
+    return [known[key] if key in known else fresh[key] for key in keys], sum(key in known for key in keys)
+
+
+@torch.no_grad()
+def shared_logps(model: PolicyModel, items: Sequence[Item]) -> list[list[float]]:
+    """Per-token log-probs under the weights that are loaded; the workers share the items."""
+    return gathered(model.per_token(items[model.rank :: model.world]))
+
+
+def _largest(differences: Sequence[float]) -> float:
+    """The largest absolute value; infinite when one is undefined (`max` would pass over a NaN)."""
+    return max(math.inf if math.isnan(value) else abs(value) for value in differences)

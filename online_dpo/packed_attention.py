@@ -1,0 +1,116 @@
+"""Attention over a packed row (`packing`), under the name that transformers' models find it by.
+
+Exact: each completion's softmax runs over its own prompt and itself. Queries, keys and values are laid out as two
+rectangles, prompts and completions; prompts run causally, completions against [their prompt | themselves]. Only
+attention sees padding, and masks it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from online_dpo.packing import Layout
+
+NAME = "online_dpo_packed"
+
+
+class _Rearranged(torch.autograd.Function):
+    """Rows of `x` by `index`; the gradient's rows by `inverse`, zero where `filled` is false.
+
+    Indexing's own gradient adds rows up one by one; between packed and rectangular places each row has one partner.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, filled: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, filled)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        inverse, filled = ctx.saved_tensors
+        gradient = gradients[0].index_select(0, inverse)
+        return gradient if filled is None else gradient * filled, None, None, None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed: Layout | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer. `query`: [1, heads, T, size]; `key`, `value`: [1, kv_heads, T, size].
+
+    Returns [1, T, heads, size]. `others` are what transformers passes to every implementation; those that would
+    change the result are refused, so that a model that needs them is found out when it is tried.
+    """
+    if packed is None:
+        raise ValueError("the model does not hand the packed layout on to its attention")
+    if attention_mask is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
+        raise ValueError("packed attention has no place for this model's mask, sinks or position bias")
+    prompts, completions = packed.prompts.shape, packed.completions.shape
+    count = prompts.numel()
+
+    def rectangles(states: Tensor) -> tuple[Tensor, Tensor]:
+        """[G, heads, P, size] and [B, heads, C, size]."""
+        rows = _Rearranged.apply(states[0].transpose(0, 1), packed.places, packed.back, None)
+        return (
+            rows[:count].view(*prompts, *rows.shape[1:]).transpose(1, 2),
+            rows[count:].view(*completions, *rows.shape[1:]).transpose(1, 2),
+        )
+
+    (q_x, q_y), (k_x, k_y), (v_x, v_y) = rectangles(query), rectangles(key), rectangles(value)
+    out_x = attend(q_x, k_x, v_x, packed.prompt_mask(sliding_window), scaling, softcap)
+    keys = torch.cat([_of_owner(k_x, packed), k_y], dim=2)
+    values = torch.cat([_of_owner(v_x, packed), v_y], dim=2)
+    out_y = attend(q_y, keys, values, packed.completion_mask(sliding_window), scaling, softcap)
+    rows = torch.cat([out.transpose(1, 2).reshape(-1, *query.shape[1::2]) for out in (out_x, out_y)])
+    return _Rearranged.apply(rows, packed.back, packed.places, packed.filled).unsqueeze(0), None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float | None) -> Tensor:
+    """softmax(scale·qkᵀ)v, causal where `mask` is None; grouped heads; with `cap` c the scores are c·tanh(score/c).
+
+    q: [rows, heads, Q, size], k and v: [rows, kv_heads, K, size], mask: [·, 1, Q, K]; returns q's shape.
+    """
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    each = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(each, dim=1), v.repeat_interleave(each, dim=1)
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def register() -> None:
+    """Make the implementation known to transformers; models take it by `set_attn_implementation(NAME)`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    # The layout says who sees whom: transformers builds no mask for this implementation.
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _of_owner(states: Tensor, packed: Layout) -> Tensor:
+    """[G, …] of the prompts as [B, …], each completion's own."""
+    if packed.each is None:
+        return states.index_select(0, packed.owner)
+    return states.unsqueeze(1).expand(-1, packed.each, *states.shape[1:]).reshape(-1, *states.shape[1:])
