@@ -8,6 +8,7 @@ these are torch's own.
 from __future__ import annotations
 
 import types
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,22 +19,24 @@ LARGE = 256 * 256
 """Weights smaller than this are left to torch: the call's own cost is what counts there."""
 
 
+@cache
 def has_onednn() -> bool:
     """Whether this build of torch can hand a float32 product to oneDNN."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """a·bᵀ for a: [..., k] and b: [n, k]."""
     if _for_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return _onednn(a, b)
     return a @ b.t()
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """a·b for a: [..., n] and b: [n, k]."""
     if _for_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return _onednn(a, b.t())
     return a @ b
 
 
@@ -67,7 +70,7 @@ def quicken(model: nn.Module) -> int:
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) or not _for_onednn(x, self.weight):
         return F.linear(x, self.weight, self.bias)
-    y: Tensor = _Linear.apply(x, self.weight)
+    y: Tensor = _Linear.apply(x, self.weight)  # type: ignore[no-untyped-call]
     return y if self.bias is None else y + self.bias
 
 
@@ -78,3 +81,8 @@ def _large(layer: nn.Linear) -> bool:
 
 def _for_onednn(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and b.numel() >= LARGE and has_onednn()
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product

@@ -36,6 +36,11 @@ class _Rearranged(torch.autograd.Function):
         return gradient if filled is None else gradient * filled, None, None, None
 
 
+def _rearranged(x: Tensor, index: Tensor, inverse: Tensor, filled: Tensor | None = None) -> Tensor:
+    rows: Tensor = _Rearranged.apply(x, index, inverse, filled)  # type: ignore[no-untyped-call]
+    return rows
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -62,7 +67,7 @@ def packed_attention(
 
     def rectangles(states: Tensor) -> tuple[Tensor, Tensor]:
         """[G, heads, P, size] and [B, heads, C, size]."""
-        rows = _Rearranged.apply(states[0].transpose(0, 1), packed.places, packed.back, None)
+        rows = _rearranged(states[0].transpose(0, 1), packed.places, packed.back)
         return (
             rows[:count].view(*prompts, *rows.shape[1:]).transpose(1, 2),
             rows[count:].view(*completions, *rows.shape[1:]).transpose(1, 2),
@@ -74,7 +79,7 @@ def packed_attention(
     values = torch.cat([_of_owner(v_x, packed), v_y], dim=2)
     out_y = attend(q_y, keys, values, packed.completion_mask(sliding_window), scaling, softcap)
     rows = torch.cat([out.transpose(1, 2).reshape(-1, *query.shape[1::2]) for out in (out_x, out_y)])
-    return _Rearranged.apply(rows, packed.back, packed.places, packed.filled).unsqueeze(0), None
+    return _rearranged(rows, packed.back, packed.places, packed.filled).unsqueeze(0), None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float | None) -> Tensor:

@@ -41,7 +41,6 @@ class RewardSpec(Spec):
         return DPOSpec(
             lr=self.rate,
             batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
             epochs=self.epochs,
             warmup=self.warmup,
             weight_decay=self.weight_decay,

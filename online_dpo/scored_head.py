@@ -112,4 +112,4 @@ def _of_logits(
 
 def scored(h: Tensor, head: nn.Linear, targets: Tensor, cap: float | None = None) -> Scores:
     """`Scores` of `targets` [N] by the hidden states `h` [N, H] before `head`, whose logits are capped at `cap`."""
-    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap))
+    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap))  # type: ignore[no-untyped-call]

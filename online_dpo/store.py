@@ -36,7 +36,15 @@ from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder
 
 FORMAT = 3
 MAY_CHANGE = frozenset(
-    {"output", "judge_cache", "judge_timeout", "judge_budget.cost", "judge_budget.tokens", "judge_budget.calls"}
+    {
+        "output",
+        "judge_cache",
+        "judge_timeout",
+        "judge_budget.cost",
+        "judge_budget.tokens",
+        "judge_budget.calls",
+        "learner.save_every",
+    }
 )
 """Keys that a resumed experiment may change: they decide nothing about the results."""
 

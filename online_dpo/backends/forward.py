@@ -31,7 +31,7 @@ class ItemScores(NamedTuple):
 
     def each(self) -> list[list[float]]:
         """The log-probs as one list an item."""
-        return [part.tolist() for part in self.logps.cpu().split(self.lengths.tolist())]
+        return [part.tolist() for part in torch.split(self.logps.cpu(), self.lengths.tolist())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +75,26 @@ def choose_forward(model: Any, wanted: str, device: torch.device, precision: Any
     # transformers' sdpa leaves out the soft-capping of attention scores that some models were trained with.
     exact = "eager" if getattr(inner.config, "attn_logit_softcapping", None) else own
     _attend_by(inner, exact)
-    truth, _ = _tried(model, items, Forward(False, False), device, precision)
+    truth, error = _tried(model, items, Forward(False, False), device, precision)
     if truth is None:
-        return Forward(False, False, "")
+        raise ModelError(f"the model's forward fails on a few random tokens: {error}")
     reasons = []
-    chunked = (
-        _agrees(model, items, Forward(False, True), device, precision, truth) if chunked_head(inner) else "its head"
-    )
-    if chunked:
-        reasons.append(f"the vocabulary is not cut into chunks ({chunked})")
+    whole = "its head is no bare linear layer"
+    if chunked_head(inner) is not None:
+        whole = _agrees(model, items, Forward(False, True), device, precision, truth)
+    if whole:
+        reasons.append(f"all logits of scored positions at once ({whole})")
     if wanted == "plain":
-        return Forward(False, not chunked, "; ".join(reasons))
+        return Forward(False, not whole, "; ".join(reasons))
     register()
     _attend_by(inner, NAME)
-    packed = _agrees(model, items, Forward(True, not chunked), device, precision, truth)
+    packed = _agrees(model, items, Forward(True, not whole), device, precision, truth)
     if packed:
         _attend_by(inner, exact)
         if wanted == "packed":
             raise ModelError(f"learner.layout is packed, and this model cannot: {packed}; set learner.layout: auto")
-        reasons.append(f"prompts are computed once a completion ({packed})")
-    return Forward(not packed, not chunked, "; ".join(reasons))
+        reasons.append(f"a prompt is computed again for each completion ({packed})")
+    return Forward(not packed, not whole, "; ".join(reasons))
 
 
 def _attend_by(inner: Any, name: str) -> None:

@@ -97,13 +97,10 @@ class LocalLearner:
     def _checkpoint(self, job: TrainJob) -> RoundCheckpoint | None:
         if self.save_every is None or job.checkpoint is None:
             return None
-        pairs = [
-            [*pair.prompt.token_ids, -1, *pair.chosen.token_ids, -1, *pair.rejected.token_ids] for pair in job.pairs
-        ]
         policies = [job.policy.digest, job.reference.digest, job.source.digest]
-        return RoundCheckpoint(
-            job.checkpoint, digest_json([policies, pairs, job.dpo.model_dump(mode="json"), job.seed])
-        )
+        pairs = [[p.prompt.token_ids, p.chosen.token_ids, p.rejected.token_ids] for p in job.pairs]
+        key = digest_json([policies, pairs, job.dpo.model_dump(mode="json"), job.seed])
+        return RoundCheckpoint(job.checkpoint, key)
 
     def _steps(
         self, job: TrainJob, loss: StepLoss, checkpoint: RoundCheckpoint | None

@@ -1,7 +1,8 @@
 """A long round's state between steps: weights, optimiser and what was reported, so that a killed round goes on.
 
-A folder with `state.json` and `tensors.safetensors`, written aside and renamed; the one before stays until the new one is
-in its place, so from the first on there is always a whole one. It belongs to one piece of work, named by a digest; another's is passed over.
+A folder with `state.json` and `tensors.safetensors`, written aside and renamed; the one before stays until the new one
+is in its place, so from the first on there is always a whole one. It belongs to one piece of work, named by a digest;
+another's is passed over.
 """
 
 from __future__ import annotations

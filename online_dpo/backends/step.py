@@ -22,7 +22,8 @@ from online_dpo.protocols import TrainJob
 class StepSums:
     """Sums over a step's pairs: what they lost, how they were ranked, how far each side moved, what was computed.
 
-    `reward`: Σ of each pass's mean reward times its pairs (for `bco_pair`). `expected`: the losses at policy = reference.
+    `reward`: Σ of each pass's mean reward times its pairs (for `bco_pair`). `expected`: Σ of the losses that policy =
+    reference would give.
     """
 
     loss: float
@@ -64,8 +65,8 @@ class StepLoss:
             (out.losses.sum() * (counts / len(batch))).backward()  # type: ignore[no-untyped-call]
             if counts:
                 sums += self._sums(chosen, out, self.objective.at_reference(data).sum())
-        *figures, tokens = summed(sums.to(self.model.device)).tolist()
-        return StepSums(*figures, tokens=int(tokens))
+        loss, margin, wins, r_w, r_l, reward, expected, tokens = summed(sums.to(self.model.device)).tolist()
+        return StepSums(loss, margin, wins, r_w, r_l, reward, expected, int(tokens))
 
     def _passes(self, batch: Sequence[int]) -> tuple[list[int], list[tuple[list[int], int]]]:
         """This worker's pairs, and its passes with 1 for those that count.
