@@ -11,6 +11,7 @@ from typing import Any
 
 from online_dpo.config import ArmSettings, Experiment, PairingSpec, flatten
 from online_dpo.evaluate_stage import held_out_sampling
+from online_dpo.rounds import averaging
 from online_dpo.runs import Resolved
 from online_dpo.types import Prompt
 
@@ -54,6 +55,7 @@ def _plan_arm(
     held_out_tokens = len(held_out) * held_out_sampling(experiment, arm).max_tokens
     tokens = candidates * arm.sampling.max_tokens + held_out_tokens
     kept = arm.rounds if experiment.keep == "all" else min(arm.rounds, 2)
+    kept += averages_kept(experiment, arm)
     return ArmPlan(
         arm=name,
         rounds=arm.rounds,
@@ -64,6 +66,14 @@ def _plan_arm(
         judged=arm.rounds * (candidates + len(held_out)) + len(held_out),
         disk=kept * policy_bytes + arm.rounds * tokens * BYTES_A_STORED_TOKEN,
     )
+
+
+def averages_kept(experiment: Experiment, arm: ArmSettings) -> int:
+    """What averaged references take at most on disk, in policies: round t's holds the t − 1 adapters it is made of."""
+    if averaging(arm) is None:
+        return 0
+    sizes = [1 if experiment.lora is None else t - 1 for t in range(2, arm.rounds + 1)]
+    return sum(sizes if experiment.keep == "all" else sizes[-2:])
 
 
 def most_pairs(pairing: PairingSpec, n: int) -> int:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from online_dpo.config import DPOSpec, SamplingSpec
+from online_dpo.config import SamplingSpec
 from online_dpo.errors import TrainingError
 from online_dpo.models import digest_folder
 from online_dpo.policies import write_policy
-from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
-from online_dpo.types import Candidate, Message, Pair, Policy, Probe, Prompt
+from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
+from online_dpo.types import Candidate, Message, Policy, Probe, Prompt
 
 WORDS = (
     "a",
@@ -128,18 +128,9 @@ class FakeLearner:
         self.stop = stop
         """Policies (by id) whose training meets a non-finite loss."""
 
-    def train(
-        self,
-        policy: Policy,
-        reference: Policy,
-        source: Policy,
-        pairs: Sequence[Pair],
-        dpo: DPOSpec,
-        *,
-        policy_id: str,
-        out: Path,
-        seed: int,
-    ) -> Iterator[TrainStart | TrainStep | Policy]:
+    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
+        policy, reference, source, pairs, dpo = job.policy, job.reference, job.source, job.pairs, job.dpo
+        policy_id, out, seed = job.policy_id, job.out, job.seed
         self.calls.append(("train", policy_id, policy.digest, reference.digest, source.digest, list(pairs), seed))
         yield TrainStart("engine" if reference.digest == source.digest else "learner", 1e-6, 2e-6)
         steps = -(-len(pairs) // dpo.batch_size)

@@ -34,7 +34,7 @@ def items(pairs: list[Pair]) -> list[Item]:
 
 
 def logps(model: PolicyModel, items: list[Item]) -> list[float]:
-    return [value for row in model.per_token(items, batch_size=4) for value in row]
+    return [value for row in model.per_token(items) for value in row]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -210,6 +210,16 @@ def test_three_rounds_of_adapters(initial: Policy, moved: Moved, tmp_path: Path)
     assert not [file for file in averages[2].path.iterdir() if file.suffix in (".bin", ".pt")]
 
 
+def test_an_adapters_configuration_is_written_in_one_order(initial: Policy, moved: Moved, tmp_path: Path) -> None:
+    """Module names are a set to peft: written as it comes, each process would give the same adapter another digest."""
+    policy = moved(1, lora=LORA)
+    averaged = average_policies(policy, initial, 0.5, policy_id="half", out=tmp_path / "half")
+    for folder in (policy.path, averaged.path):
+        named = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+        assert len(named) > 3
+        assert named == sorted(named)
+
+
 def full_folder(initial: Policy, adapter: Policy, out: Path) -> Path:
     """The merged model as a folder that plain transformers loads."""
     shutil.copytree(initial.path, out)
@@ -305,9 +315,9 @@ def test_gradients_after_a_stacked_reference_are_the_policys(
         model = PolicyModel(initial, model_name="small", lora=LORA)
         for reference in references:
             model.load(reference)
-            model.sums(items[:2])
+            model.scores(items[:2])
         model.load(policy)
-        model.sums(items[:2]).sum().backward()  # type: ignore[no-untyped-call]
+        model.scores(items[:2]).logps.sum().backward()  # type: ignore[no-untyped-call]
         gradients.append([parameter.grad for parameter in model.trainable])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert max(float(g.abs().max()) for g in gradients[0]) > 0

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from online_dpo.files import digest
 from online_dpo.loop import collect_metrics, run_experiment
 from online_dpo.pairing import make_pairs
 from online_dpo.policies import read_policy
+from online_dpo.protocols import TrainJob, TrainStart, TrainStep
 from online_dpo.records import read_candidates, read_held_out, read_pairs, read_verdicts
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, RunStore, StageRecord
@@ -488,6 +490,24 @@ def test_kl_is_from_the_rounds_own_reference(tmp_path: Path, reference: Any) -> 
         assert row["held_out"]["kl_reference"]["mean"] == pytest.approx(sum(sum(p) - sum(q) for p, q in logs) / 3)
     assert [policy for policy, _ in world.asked("score")] == asked
     assert all(a.reference_logprobs is None for a in read_held_out(world.folder("a", 0).path / "held_out.parquet"))
+
+
+class Unreferred(FakeLearner):
+    """Trains as a loss without a reference would."""
+
+    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
+        return super().train(replace(job, reference=job.policy))
+
+
+def test_one_policy_measured_against_two_references_is_measured_twice(tmp_path: Path) -> None:
+    """Both arms train the same policies; from round 2 on KL to the reference is another."""
+    arms = {"first": {}, "second": {"reference": "initial"}}
+    world = World(tmp_path / "run", experiment(arms=arms), learner=Unreferred).go()
+    first, second = world.metrics()["first", 2], world.metrics()["second", 2]
+    assert first["policy"]["digest"] == second["policy"]["digest"]
+    assert second["reused"] == ["sample", "judge", "pair"]
+    assert second["held_out"]["kl_reference"] == second["held_out"]["kl_initial"]
+    assert first["held_out"]["kl_reference"] != second["held_out"]["kl_reference"]
 
 
 # --- references that move in their own time ---

@@ -15,7 +15,7 @@ from rich.console import Console
 from online_dpo.config import Experiment, LoraSpec, PairingSpec, validate_experiment
 from online_dpo.models import ResolvedModel
 from online_dpo.pairing import make_pairs
-from online_dpo.plan import differences, most_pairs, plan_arms, policy_size, tensor_shapes
+from online_dpo.plan import averages_kept, differences, most_pairs, plan_arms, policy_size, tensor_shapes
 from online_dpo.plan_display import plan_tables
 from online_dpo.prompts import PromptSet
 from online_dpo.runs import Resolved
@@ -109,6 +109,25 @@ def test_the_bound_is_what_the_rule_makes_of_untied_answers(rule: str, n: int, k
 
 
 # --- disk ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "policies"),
+    [
+        # Rounds 2, 3 and 4 have an average each; one of t − 1 adapters has t − 1 times their rank: 1 + 2 + 3.
+        ({"reference": {"ema": 0.5}}, 3),
+        ({"reference": {"ema": 0.5}, "lora": {}}, 6),
+        # The one in use and the one that it is made of.
+        ({"reference": {"ema": 0.5}, "keep": "last"}, 2),
+        ({"reference": {"ema": 0.5}, "keep": "best", "lora": {}}, 5),
+        ({"reference": {"ema": 0.5}, "rounds": 1}, 0),
+        ({"reference": {"ema": 1}}, 0),
+        ({"reference": {"every": 2}}, 0),
+    ],
+)
+def test_averaged_references_take_disk(changes: dict[str, Any], policies: int) -> None:
+    spec = experiment(**{"rounds": 4} | changes)
+    assert averages_kept(spec, spec.arm("on_policy")) == policies
 
 
 def safetensors(file: Path, shapes: dict[str, list[int]], dtype: str) -> None:
