@@ -141,6 +141,15 @@ class ArmSettings(Spec):
     pairing: PairingSpec = PairingSpec()
     dpo: DPOSpec = DPOSpec()
 
+    @model_validator(mode="after")
+    def _behaviour_is_known(self) -> ArmSettings:
+        if self.dpo.importance_clip is not None and (self.sampling.temperature, self.sampling.top_p) != (1.0, 1.0):
+            raise ValueError(
+                "dpo.importance_clip weighs by the probability with which answers were sampled: stored log-probs are "
+                "that at sampling.temperature 1 and top_p 1 alone"
+            )
+        return self
+
     @field_validator("reference")
     @classmethod
     def _one_rule(cls, value: str | ReferenceSpec) -> str | ReferenceSpec:

@@ -449,7 +449,19 @@ def budget_table(metrics: _Rows) -> Group:
         ("tokens trained", lambda row: number(row["trained"], places=0)),
         ("seconds", lambda row: number(row["seconds"], places=0)),
     ]
-    return _spaced(_table("Budget (all rounds)", sums, columns, round_column=False))
+    return _spaced(_table("Budget (all rounds)", sums, columns, _losses(metrics), round_column=False))
+
+
+def _losses(metrics: _Rows) -> str | None:
+    """Each loss that was minimised, with summed or averaged log-probs and every modifier, and the arms it was of."""
+    arms: dict[str, list[str]] = {}
+    for row in metrics:
+        loss = _get(row, "train", "loss")
+        if loss is not None and row.get("arm") not in arms.setdefault(loss, []):
+            arms[loss].append(row["arm"])
+    if len(arms) < 2:
+        return next((f"loss: {clean(loss)}" for loss in arms), None)
+    return "\n".join(f"loss of {', '.join(names)}: {clean(loss)}" for loss, names in arms.items())
 
 
 def _table(

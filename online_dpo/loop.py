@@ -14,6 +14,7 @@ from online_dpo.errors import TrainingError
 from online_dpo.evaluate_stage import evaluate_policy, held_out_figures
 from online_dpo.files import digest_json, remove
 from online_dpo.judge_stage import audit_round, judge_round
+from online_dpo.judging.digests import source_digest
 from online_dpo.pairing import make_pairs
 from online_dpo.prompts import prompts_for_round
 from online_dpo.protocols import TrainJob, TrainStart, TrainStep
@@ -167,7 +168,7 @@ def _train(
                 left = len(pairs) * dpo.epochs - (len(steps) - 1) * dpo.batch_size
                 arm.run.progress.advance(min(dpo.batch_size, left), f"loss {event.loss:.3f}")
         arm.run.progress.finish()
-        return _train_figures(starts[0], steps, time.perf_counter() - began)
+        return {"loss": dpo.describe_loss(), **_train_figures(starts[0], steps, time.perf_counter() - began)}
 
     inputs = {
         "policy": pinned.start.digest,
@@ -177,10 +178,17 @@ def _train(
         "candidates": pair.inputs["candidates"],
         "dpo": digest_json(dpo.model_dump()),
         "seed": str(seed),
+        **_own_loss(arm),
     }
     record = folder.stage("train", inputs, ["policy"], produce)
     remove(checkpoint)
     return record
+
+
+def _own_loss(arm: Arm) -> dict[str, str]:
+    """The source of a loss of the user's own, as an input of the stage: its name alone would not tell a change."""
+    loss = arm.settings.dpo.loss
+    return {} if isinstance(loss, str) else {"loss": digest_json(source_digest(loss.use, arm.run.judge_folders))}
 
 
 def _train_figures(start: TrainStart, steps: Sequence[TrainStep], seconds: float) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class ArmPlan:
     sampled_tokens: int
     judged: int
     disk: int
+    loss: str
 
 
 def plan_arms(resolved: Resolved) -> list[ArmPlan]:
@@ -65,6 +66,7 @@ def _plan_arm(
         sampled_tokens=arm.rounds * tokens + held_out_tokens,
         judged=arm.rounds * (candidates + len(held_out)) + len(held_out),
         disk=kept * policy_bytes + arm.rounds * tokens * BYTES_A_STORED_TOKEN,
+        loss=arm.dpo.describe_loss(),
     )
 
 

@@ -17,7 +17,7 @@ from online_dpo.plan import ArmPlan
 
 def plan_tables(plans: Sequence[ArmPlan], differing: Mapping[str, Mapping[str, Any]], seeds: int) -> Group:
     """What each arm would do at most, and the settings in which the arms differ."""
-    return Group(_budgets(plans, seeds), Text(), _differences(plans, differing), Text())
+    return Group(_budgets(plans, seeds), _losses(plans), Text(), _differences(plans, differing), Text())
 
 
 def _budgets(plans: Sequence[ArmPlan], seeds: int) -> Table:
@@ -28,6 +28,13 @@ def _budgets(plans: Sequence[ArmPlan], seeds: int) -> Table:
         counts = (plan.rounds, plan.candidates, plan.judged, plan.pairs, plan.steps, plan.sampled_tokens)
         table.add_row(Text(plan.arm), *(f"{count:,}" for count in counts), decimal(plan.disk))
     return table
+
+
+def _losses(plans: Sequence[ArmPlan]) -> Text:
+    """What each arm minimises: the same name with summed or with averaged log-probs is another loss."""
+    if len({plan.loss for plan in plans}) == 1:
+        return Text(f"loss: {clean(plans[0].loss)}")
+    return Text("\n".join(f"loss of {plan.arm}: {clean(plan.loss)}" for plan in plans))
 
 
 def _differences(plans: Sequence[ArmPlan], differing: Mapping[str, Mapping[str, Any]]) -> Table | Text:

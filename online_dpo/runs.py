@@ -67,7 +67,18 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     )
     tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
     prompts = load_prompts(experiment.prompts, tokenizer, folders=[folder])
+    check_losses(experiment, folder)
     return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder))
+
+
+def check_losses(experiment: Experiment, folder: Path) -> None:
+    """Try every loss of the user's own once; `ConfigError` or `TrainingError` names what is wrong with one."""
+    for name in experiment.arms:
+        dpo = experiment.arm(name).dpo
+        if not isinstance(dpo.loss, str):
+            from online_dpo.objective import Objective
+
+            Objective(dpo, [folder])
 
 
 def check_judges(experiment: Experiment, folder: Path) -> dict[str, str]:
