@@ -449,10 +449,10 @@ def budget_table(metrics: _Rows) -> Group:
         ("tokens trained", lambda row: number(row["trained"], places=0)),
         ("seconds", lambda row: number(row["seconds"], places=0)),
     ]
-    return _spaced(_table("Budget (all rounds)", sums, columns, _losses(metrics), round_column=False))
+    return _spaced(_table("Budget (all rounds)", sums, columns, _objectives(metrics), round_column=False))
 
 
-def _losses(metrics: _Rows) -> str | None:
+def _objectives(metrics: _Rows) -> str | None:
     """Each loss that was minimised, with summed or averaged log-probs and every modifier, and the arms it was of."""
     arms: dict[str, list[str]] = {}
     for row in metrics:

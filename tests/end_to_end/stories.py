@@ -27,7 +27,7 @@ TINY = {
     "sampling": {"n": 3, "max_tokens": 24},
     "judge": {"use": "judges.length:LengthJudge", "unit": "characters"},
     "pairing": {"rule": "best_vs_worst"},
-    "dpo": {"lr": 1.0e-3, "batch_size": 2, "micro_batch_size": 1, "epochs": 4},
+    "dpo": {"lr": 1.0e-3, "batch_size": 2, "epochs": 4},
     "rounds": 2,
     "engine": {"kind": "transformers", "threads": 1},
     "learner": {"threads": 1},

@@ -19,7 +19,7 @@ SPEC: dict[str, Any] = {
     "rounds": 3,
     "audit": {"prompts": 0},
 }
-LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8.0}, "dpo": {"lr": 5e-3, "batch_size": 2, "micro_batch_size": 1}}
+LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8.0}, "dpo": {"lr": 5e-3, "batch_size": 2}}
 
 
 @pytest.fixture(scope="module", params=[{}, LORA], ids=["full", "lora"])
