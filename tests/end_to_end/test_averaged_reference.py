@@ -24,7 +24,8 @@ LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 8.0}, "dpo": {"lr": 5e-3, "
 
 @pytest.fixture(scope="module", params=[{}, LORA], ids=["full", "lora"])
 def changes(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return SPEC | request.param
+    changed: dict[str, Any] = SPEC | request.param
+    return changed
 
 
 @pytest.fixture(scope="module")
