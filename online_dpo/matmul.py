@@ -45,7 +45,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # A frozen layer need not hold what came in.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return times_transposed(x, weight)
 
     @staticmethod

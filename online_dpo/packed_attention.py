@@ -46,7 +46,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | int | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -55,13 +55,17 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer. `query`: [1, heads, T, size]; `key`, `value`: [1, kv_heads, T, size].
 
-    Returns [1, T, heads, size]. `others` are what transformers passes to every implementation; those that would
-    change the result are refused, so that a model that needs them is found out when it is tried.
+    Returns [1, T, heads, size]. `attention_mask` is what `_window` made of it. `others` are what transformers passes to
+    every implementation. What would change the result is refused, so that a model that needs it is found out when it
+    is tried.
     """
     if packed is None:
         raise ValueError("the model does not hand the packed layout on to its attention")
-    if attention_mask is not None or others.get("s_aux") is not None or others.get("position_bias") is not None:
+    unknown = [others.get("s_aux"), others.get("position_bias")]
+    if isinstance(attention_mask, Tensor) or any(extra is not None for extra in unknown):
         raise ValueError("packed attention has no place for this model's mask, sinks or position bias")
+    if attention_mask != sliding_window:
+        raise ValueError(f"the model's mask has a window of {attention_mask}, its attention one of {sliding_window}")
     prompts, completions = packed.prompts.shape, packed.completions.shape
     count = prompts.numel()
 
@@ -87,14 +91,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
 
     q: [rows, heads, Q, size], k and v: [rows, kv_heads, K, size], mask: [·, 1, Q, K]; returns q's shape.
     """
+    each = q.shape[1] // k.shape[1]
+    if each > 1 and (cap is not None or (mask is not None and q.device.type == "cuda")):
+        # On a GPU, grouped heads beside a mask would leave the fused kernels for the one that holds all scores.
+        k, v = k.repeat_interleave(each, dim=1), v.repeat_interleave(each, dim=1)
     if cap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    each = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(each, dim=1), v.repeat_interleave(each, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
@@ -106,12 +112,16 @@ def register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    # The layout says who sees whom: transformers builds no mask for this implementation.
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, _window)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _window(*_: Any, local_size: int | None = None, **__: Any) -> int | None:
+    """In a mask's place its window alone: the layout says who sees whom.
+
+    Some models keep a window, or chunks, in the mask and hand nothing on to attention. On a short text this makes no
+    difference, so it would not be seen in the log-probs of a trial.
+    """
+    return local_size
 
 
 def _of_owner(states: Tensor, packed: Layout) -> Tensor:

@@ -35,10 +35,10 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, going_back: bool
     ) -> tuple[Tensor, Tensor]:
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        keeping = rows * (KEPT_BYTES // CHUNK_BYTES) if cap is None and any(ctx.needs_input_grad) else 0
+        keeping = rows * (KEPT_BYTES // CHUNK_BYTES) if cap is None and going_back else 0
         logps = torch.empty(h.shape[0], dtype=torch.float32, device=h.device)
         collisions = torch.empty_like(logps)
         kept: list[Tensor] = []
@@ -46,9 +46,9 @@ class _Scored(torch.autograd.Function):
         for start in range(0, h.shape[0], rows):
             part = slice(start, start + rows)
             z = _logits(h[part], narrow, bias, cap)
-            top = torch.logsumexp(z, -1, keepdim=True)
-            logps[part] = (z.gather(-1, targets[part].unsqueeze(-1)) - top).squeeze(-1)
-            p = z.sub_(top).exp_()
+            at_target = z.gather(-1, targets[part].unsqueeze(-1))
+            p, top, total = _softmax_(z)
+            logps[part] = (at_target - top - total.log()).squeeze(-1)
             collisions[part] = torch.linalg.vector_norm(p, dim=-1).square().log()
             if start < keeping:
                 kept.append(p)
@@ -82,7 +82,7 @@ class _Scored(torch.autograd.Function):
                     of_weight.addmm_(of_u.t(), h[part])
                 else:
                     of_weight += of_u.t() @ h[part]
-        return of_h, of_weight, of_bias, None, None
+        return of_h, of_weight, of_bias, None, None, None
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
@@ -91,6 +91,16 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -
     if bias is not None:
         u += bias
     return u if cap is None else u.div_(cap).tanh_().mul_(cap)
+
+
+def _softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(z) in z's own memory; m = max z and Σ exp(z − m), [rows, 1].
+
+    torch's logsumexp and softmax would each hold a second chunk.
+    """
+    top = z.amax(-1, keepdim=True)
+    total = z.sub_(top).exp_().sum(-1, keepdim=True)
+    return z.div_(total), top, total
 
 
 def _of_logits(
@@ -103,8 +113,8 @@ def _of_logits(
     slope = None
     if p is None:
         z = _logits(h, weight, bias, cap)
-        slope = None if cap is None else 1 - (z / cap).square()
-        p = torch.softmax(z, -1)
+        slope = None if cap is None else (z / cap).square_().neg_().add_(1)
+        p = _softmax_(z)[0]
     of_u = p.mul_(-g.unsqueeze(-1))
     of_u.scatter_add_(-1, targets.unsqueeze(-1), g.unsqueeze(-1))
     return of_u if slope is None else of_u.mul_(slope)
@@ -112,4 +122,9 @@ def _of_logits(
 
 def scored(h: Tensor, head: nn.Linear, targets: Tensor, cap: float | None = None) -> Scores:
     """`Scores` of `targets` [N] by the hidden states `h` [N, H] before `head`, whose logits are capped at `cap`."""
-    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap))  # type: ignore[no-untyped-call]
+    if torch.is_autocast_enabled(h.device.type):
+        # The way back runs outside of autocast: what the products are made of is settled here for both ways.
+        h = h.to(torch.get_autocast_dtype(h.device.type))
+    # Inside the function gradients are always off, and its inputs ask for them even where nobody will.
+    going_back = torch.is_grad_enabled()
+    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap, going_back))  # type: ignore[no-untyped-call]
