@@ -105,15 +105,6 @@ def tiny_config(architecture: str, vocabulary: int) -> Any:
         "max_position_embeddings": 128,
         "initializer_range": 0.2,
     }
-    if architecture == "llama":
-        return transformers.LlamaConfig(**common, tie_word_embeddings=False)
-    if architecture == "qwen2":
-        return transformers.Qwen2Config(**common, tie_word_embeddings=True)
-    if architecture == "gemma2":
-        # The cap of 2 bends logits of size 1 to 3: log-probs without it are far off.
-        return transformers.Gemma2Config(
-            **common, head_dim=8, sliding_window=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8
-        )
     if architecture == "gpt2":
         return transformers.GPT2Config(
             **tokens, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2,
@@ -129,7 +120,76 @@ def tiny_config(architecture: str, vocabulary: int) -> Any:
             **tokens, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
             hidden_dropout=0.1, attention_dropout=0.1,
         )  # fmt: skip
-    raise ValueError(architecture)
+    if architecture not in LIKE_LLAMA:
+        raise ValueError(architecture)
+    model_type, particular = LIKE_LLAMA[architecture]
+    return transformers.AutoConfig.for_model(model_type, **common | particular)
+
+
+# The windows are shorter than most prompts of the tests, and than prompt and completion together. Caps of 2 and 3 bend
+# scores and logits of size 1 to 3: without them log-probs are far off.
+LIKE_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    # Layer 0 sees everything, layer 1 three tokens.
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma2_capped": (
+        "gemma2",
+        {
+            "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi": ("phi", {"resid_pdrop": 0.1, "embd_pdrop": 0.1}),
+    "olmo2": ("olmo2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    # Scale the logits after the head.
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "granite": ("granite", {"logits_scaling": 3.0}),
+    # Cannot be packed: positions by a bias, an extra term in the softmax, a window that the mask alone knows, no
+    # attention at all.
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "gpt_oss": ("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 5}),
+    "phimoe": ("phimoe", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 64}),
+    "mamba": ("mamba", {"state_size": 4}),
+}  # fmt: skip
+"""Model type, and what is switched on, of architectures whose sizes have the same names as Llama's."""
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(one_thread: None) -> Callable[[str], Any]:
+    """`tiny_lm(architecture)`: a fresh random model as `tiny_model`'s, in memory, as a learner loads one."""
+
+    def make(architecture: str) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from online_dpo.backends.hf_model import silence_dropout
+
+        torch.manual_seed(sum(architecture.encode()))
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, VOCABULARY))
+        silence_dropout(model)
+        return model.eval()
+
+    return make
+
+
+VOCABULARY = 259
+"""Of the byte tokenizer."""
 
 
 @pytest.fixture(scope="session")
