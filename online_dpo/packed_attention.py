@@ -7,6 +7,7 @@ attention sees padding, and masks it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +60,41 @@ def packed_attention(
     every implementation. What would change the result is refused, so that a model that needs it is found out when it
     is tried.
     """
+    layout = usable(packed, attention_mask, sliding_window, others)
+    prompts, completions = layout.prompts.shape, layout.completions.shape
+    count = prompts.numel()
+
+    def rectangles(states: Tensor) -> tuple[Tensor, Tensor]:
+        """[G, heads, P, size] and [B, heads, C, size]."""
+        rows = _rearranged(states[0].transpose(0, 1), layout.places, layout.back)
+        return (
+            rows[:count].view(*prompts, *rows.shape[1:]).transpose(1, 2),
+            rows[count:].view(*completions, *rows.shape[1:]).transpose(1, 2),
+        )
+
+    (q_x, q_y), (k_x, k_y), (v_x, v_y) = rectangles(query), rectangles(key), rectangles(value)
+    mask_x, mask_y = _masks(layout, sliding_window)
+    out_x = attend(q_x, k_x, v_x, mask_x, scaling, softcap)
+    keys = torch.cat([_of_owner(k_x, layout), k_y], dim=2)
+    values = torch.cat([_of_owner(v_x, layout), v_y], dim=2)
+    out_y = attend(q_y, keys, values, mask_y, scaling, softcap)
+    rows = torch.cat([out.transpose(1, 2).reshape(-1, *query.shape[1::2]) for out in (out_x, out_y)])
+    return _rearranged(rows, layout.back, layout.places, layout.filled).unsqueeze(0), None
+
+
+def _masks(layout: Layout, window: int | None) -> tuple[Tensor | None, Tensor]:
+    """The two rectangles' masks, made once for all layers with this window."""
+    key = ("rectangles", window)
+    if key not in layout.masks:
+        layout.masks[key] = (layout.prompt_mask(window), layout.completion_mask(window))
+    masks: tuple[Tensor | None, Tensor] = layout.masks[key]
+    return masks
+
+
+def usable(
+    packed: Layout | None, attention_mask: object, sliding_window: int | None, others: Mapping[str, object]
+) -> Layout:
+    """The layout, if it says all that there is to say of who sees whom; else `ValueError`."""
     if packed is None:
         raise ValueError("the model does not hand the packed layout on to its attention")
     unknown = [others.get("s_aux"), others.get("position_bias")]
@@ -66,24 +102,7 @@ def packed_attention(
         raise ValueError("packed attention has no place for this model's mask, sinks or position bias")
     if attention_mask != sliding_window:
         raise ValueError(f"the model's mask has a window of {attention_mask}, its attention one of {sliding_window}")
-    prompts, completions = packed.prompts.shape, packed.completions.shape
-    count = prompts.numel()
-
-    def rectangles(states: Tensor) -> tuple[Tensor, Tensor]:
-        """[G, heads, P, size] and [B, heads, C, size]."""
-        rows = _rearranged(states[0].transpose(0, 1), packed.places, packed.back)
-        return (
-            rows[:count].view(*prompts, *rows.shape[1:]).transpose(1, 2),
-            rows[count:].view(*completions, *rows.shape[1:]).transpose(1, 2),
-        )
-
-    (q_x, q_y), (k_x, k_y), (v_x, v_y) = rectangles(query), rectangles(key), rectangles(value)
-    out_x = attend(q_x, k_x, v_x, packed.prompt_mask(sliding_window), scaling, softcap)
-    keys = torch.cat([_of_owner(k_x, packed), k_y], dim=2)
-    values = torch.cat([_of_owner(v_x, packed), v_y], dim=2)
-    out_y = attend(q_y, keys, values, packed.completion_mask(sliding_window), scaling, softcap)
-    rows = torch.cat([out.transpose(1, 2).reshape(-1, *query.shape[1::2]) for out in (out_x, out_y)])
-    return _rearranged(rows, packed.back, packed.places, packed.filled).unsqueeze(0), None
+    return packed
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float | None) -> Tensor:
@@ -106,13 +125,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def register() -> None:
-    """Make the implementation known to transformers; models take it by `set_attn_implementation(NAME)`."""
+def register(name: str, attention: Callable[..., Any]) -> None:
+    """Make `attention` known to transformers; models take it by `set_attn_implementation(name)`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _window)
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, _window)
 
 
 def _window(*_: Any, local_size: int | None = None, **__: Any) -> int | None:

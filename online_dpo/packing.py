@@ -12,7 +12,7 @@ knows the layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -39,6 +39,8 @@ class Layout:
     completion_lengths: Tensor
     owner: Tensor
     back: Tensor
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What attention made of the layout: every layer needs the same."""
 
     @cached_property
     def places(self) -> Tensor:
@@ -61,6 +63,20 @@ class Layout:
         n = completions // prompts
         regular = torch.arange(prompts, device=self.owner.device).repeat_interleave(n)
         return n if torch.equal(self.owner, regular) else None
+
+    @cached_property
+    def seats(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every packed token: its prompt's number, its completion's (−1 in a prompt), its position. Each [T]."""
+        prompts, completions = self.prompts.shape, self.completions.shape
+        device = self.prompts.device
+        rows = torch.arange(prompts[0], device=device)
+        group = torch.cat([rows[:, None].expand(prompts).flatten(), self.owner[:, None].expand(completions).flatten()])
+        number = torch.arange(completions[0], device=device)[:, None].expand(completions).flatten()
+        answer = torch.cat([torch.full((prompts.numel(),), -1, device=device), number])
+        within = torch.arange(prompts[1], device=device).expand(prompts).flatten()
+        behind = self.prompt_lengths[self.owner][:, None] + torch.arange(completions[1], device=device)
+        position = torch.cat([within, behind.flatten()])
+        return group[self.back], answer[self.back], position[self.back]
 
     def prompt_mask(self, window: int | None) -> Tensor | None:
         """[1, 1, P, P], true where a query may look; None: plainly causal (the window never ends before the prompt)."""
@@ -176,6 +192,6 @@ def _layout(lengths: Sequence[int], prompts: int, owner: Sequence[int]) -> Layou
 
 
 def _moved(record: D, device: torch.device, **others: Any) -> D:
-    values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    values = {part.name: getattr(record, part.name) for part in fields(record)}  # type: ignore[arg-type]
     values = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
     return type(record)(**{**values, **others})

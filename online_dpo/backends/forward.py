@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from online_dpo.errors import ModelError, one_line
 from online_dpo.logps import chunked_head, collate, token_scores
-from online_dpo.packed_attention import NAME, register
+from online_dpo.packed_attention import NAME, packed_attention, register
 from online_dpo.packing import Item, pack
 
 TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
@@ -86,15 +86,28 @@ def choose_forward(model: Any, wanted: str, device: torch.device, precision: Any
         reasons.append(f"all logits of scored positions at once ({whole})")
     if wanted == "plain":
         return Forward(False, not whole, "; ".join(reasons))
-    register()
-    _attend_by(inner, NAME)
-    packed = _agrees(model, items, Forward(True, not whole), device, precision, truth)
-    if packed:
-        _attend_by(inner, exact)
-        if wanted == "packed":
-            raise ModelError(f"learner.layout is packed, and this model cannot: {packed}; set learner.layout: auto")
-        reasons.append(f"a prompt is computed again for each completion ({packed})")
-    return Forward(not packed, not whole, "; ".join(reasons))
+    packed = Forward(True, not whole)
+    for name, attention in _attentions(device).items():
+        register(name, attention)
+        _attend_by(inner, name)
+        fault = _agrees(model, items, packed, device, precision, truth)
+        if not fault:
+            return Forward(True, not whole, "; ".join(reasons))
+    _attend_by(inner, exact)
+    if wanted == "packed":
+        raise ModelError(f"learner.layout is packed, and this model cannot: {fault}; set learner.layout: auto")
+    reasons.append(f"a prompt is computed again for each completion ({fault})")
+    return Forward(False, not whole, "; ".join(reasons))
+
+
+def _attentions(device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Implementations of packed attention in the order in which they are tried."""
+    found: dict[str, Callable[..., Any]] = {}
+    if device.type == "cuda":
+        from online_dpo import flex_attention
+
+        found[flex_attention.NAME] = flex_attention.packed_flex_attention
+    return {**found, NAME: packed_attention}
 
 
 def _attend_by(inner: Any, name: str) -> None:
