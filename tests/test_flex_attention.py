@@ -1,4 +1,4 @@
-"""FlexAttention's mask says what the rectangles of `packed_attention` say. Values alone: a CPU has no way back for it."""
+"""FlexAttention's mask says what the rectangles of `packed_attention` say. Values alone: no way back on a CPU."""
 
 from __future__ import annotations
 
