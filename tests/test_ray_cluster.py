@@ -15,18 +15,17 @@ from typing import Any
 import pytest
 import ray
 import torch
+from training_parts import PAIR_EACH, job_of, learner_of
 
 from online_dpo.backends import ray_cluster as cluster
 from online_dpo.backends.hf_engine import TransformersEngine
-from online_dpo.backends.learner import LocalLearner
-from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.config import DPOSpec, EngineSpec, LearnerSpec, SamplingSpec
 from online_dpo.errors import ConfigError, EngineError, JudgeError, ModelError, OnlineDPOError, TrainingError
 from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
 from online_dpo.types import Pair, Policy, Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
-DPO = DPOSpec(lr=1e-3, batch_size=3, micro_batch_size=2, epochs=2, warmup=0.25)
+DPO = DPOSpec(lr=1e-3, batch_size=3, epochs=2, warmup=0.25)
 """Six pairs in batches of three: one worker has two of each, the other one."""
 
 
@@ -55,7 +54,7 @@ def settings(initial: Policy) -> cluster.ModelSettings:
 def workers(live_ray: None, settings: cluster.ModelSettings) -> Iterator[list[Any]]:
     """Two learner workers in a group, alive for the whole file as they are for a whole run."""
     assert settings.initial.probe is not None
-    spec = LearnerSpec(workers=2, threads=1)
+    spec = LearnerSpec(workers=2, threads=1, tokens_per_pass=PAIR_EACH)
     actors = cluster.start_learner_actors(spec, 0)
     address = cluster.wait(actors[0].address.remote(), EngineError, "learner worker 0")
     building = [
@@ -73,12 +72,6 @@ def engine(live_ray: None, settings: cluster.ModelSettings) -> cluster.RayEngine
     actor = cluster.start_engine_actor({"OMP_NUM_THREADS": "1"}, 0)
     kind = cluster.wait(actor.build.remote("transformers", settings, EngineSpec(), 64), EngineError, "the engine")
     return cluster.RayEngine(actor, kind)
-
-
-def alone(initial: Policy) -> LocalLearner:
-    """The learner of one worker, in this process."""
-    assert initial.probe is not None
-    return LocalLearner(PolicyModel(initial, model_name="small"), initial.probe.token_ids)
 
 
 def one_line(error: OnlineDPOError) -> str:
@@ -120,7 +113,7 @@ class Slow:
         time.sleep(600)
         yield [2]
 
-    def train(self, work: object, policy_id: str, out: Path, seed: int) -> Iterator[int]:
+    def train(self, job: object) -> Iterator[int]:
         yield 1
         time.sleep(600)
         yield 2
@@ -210,7 +203,7 @@ def test_learner_worker_killed_while_it_trains(live_ray: None, initial: Policy, 
     """Either of two, the other still at work: the round ends instead of waiting for the one that is gone."""
     actors, processes = zip(*(slow() for _ in range(2)), strict=True)
     learner = cluster.RayLearner(actors)
-    stream = learner.train(initial, initial, initial, [], DPO, policy_id="x", out=tmp_path / "x", seed=0)
+    stream = learner.train(job_of(initial, [], DPO, tmp_path / "x"))
     assert next(stream) == 1  # type: ignore[comparison-overlap]
     os.kill(processes[victim], signal.SIGKILL)
     with pytest.raises(TrainingError) as caught:
@@ -284,13 +277,12 @@ def test_workers_have_the_threads_that_they_were_given(workers: list[Any]) -> No
 def test_two_workers_train_the_policy_that_one_does(
     workers: list[Any], initial: Policy, pairs: list[Pair], tmp_path: Path
 ) -> None:
-    """Four steps on three pairs each, split 2 and 1: gradients are added in another order, so float error, which
-    Adam turns into at most 0.2 % of the way that the weights go (0.04 % measured)."""
-    single = alone(initial)
+    """Four steps on three pairs each, split 2 and 1, a pass for each pair; alone, all in one pass. Gradients are added
+    in another order, so float error, which Adam turns into at most 0.2 % of the way that the weights go (0.04 % measured)."""
+    single = learner_of(initial)
     before = [p.detach().clone() for p in single.model.trainable]
-    args: tuple[Any, ...] = (initial, initial, initial, pairs, DPO)
-    expected = list(single.train(*args, policy_id="next", out=tmp_path / "one", seed=3))
-    found = list(cluster.RayLearner(workers).train(*args, policy_id="next", out=tmp_path / "two", seed=3))
+    expected = list(single.train(job_of(initial, pairs, DPO, tmp_path / "one", seed=3)))
+    found = list(cluster.RayLearner(workers).train(job_of(initial, pairs, DPO, tmp_path / "two", seed=3)))
 
     assert [type(item) for item in found] == [TrainStart, *[TrainStep] * 4, Policy]
     start, *steps, policy = found
@@ -319,9 +311,7 @@ def test_workers_hold_the_same_weights_afterwards(
     workers: list[Any], initial: Policy, pairs: list[Pair], tmp_path: Path
 ) -> None:
     """Bit for bit: each added the same sums. Were a gradient not shared, they would part at the first step."""
-    stream = cluster.RayLearner(workers).train(
-        initial, initial, initial, pairs, DPO, policy_id="next", out=tmp_path / "next", seed=0
-    )
+    stream = cluster.RayLearner(workers).train(job_of(initial, pairs, DPO, tmp_path / "next"))
     assert isinstance(list(stream)[-1], Policy)
 
     def weights(actor: Any) -> list[torch.Tensor]:
@@ -335,10 +325,10 @@ def test_worker_without_a_share(workers: list[Any], initial: Policy, pairs: list
     """One pair for two workers: the second adds zeros, and the step is that of one worker alone. The reference's
     log-probs are computed (falsified ones do not serve), so the share of that pass is empty too."""
     chosen = replace(pairs[0].chosen, logprobs=tuple(value + 1.0 for value in pairs[0].chosen.logprobs))
-    args: tuple[Any, ...] = (initial, initial, initial, [replace(pairs[0], chosen=chosen)], DPO)
+    changed = [replace(pairs[0], chosen=chosen)]
     results = [
-        list(learner.train(*args, policy_id="next", out=tmp_path / name, seed=0))
-        for name, learner in (("one", alone(initial)), ("two", cluster.RayLearner(workers)))
+        list(learner.train(job_of(initial, changed, DPO, tmp_path / name)))
+        for name, learner in (("one", learner_of(initial)), ("two", cluster.RayLearner(workers)))
     ]
     for start, first, second, _ in results:
         assert isinstance(start, TrainStart) and start.reference_from == "learner"
@@ -381,9 +371,9 @@ def test_failed_round_leaves_the_workers_usable(
     learner = cluster.RayLearner(workers)
     wild = DPO.model_copy(update={"lr": 1e20, "warmup": 0.0, "clip": 1e9})
     with pytest.raises(TrainingError, match="the last good policy is kept"):
-        list(learner.train(initial, initial, initial, pairs, wild, policy_id="bad", out=tmp_path / "bad", seed=0))
+        list(learner.train(job_of(initial, pairs, wild, tmp_path / "bad")))
     assert not (tmp_path / "bad").exists()
-    *_, policy = learner.train(initial, initial, initial, pairs, DPO, policy_id="next", out=tmp_path / "next", seed=0)
+    *_, policy = learner.train(job_of(initial, pairs, DPO, tmp_path / "next"))
     assert isinstance(policy, Policy)
 
 
@@ -432,9 +422,7 @@ def test_other_worker_notices_that_its_group_is_broken(
     """Real training, the second worker killed between two of many steps: no policy, one line, and no endless wait."""
     process = ray.get(workers[1].__ray_call__.remote(lambda _: os.getpid()))
     long = DPO.model_copy(update={"epochs": 2000})
-    stream = cluster.RayLearner(workers).train(
-        initial, initial, initial, pairs, long, policy_id="next", out=tmp_path / "next", seed=0
-    )
+    stream = cluster.RayLearner(workers).train(job_of(initial, pairs, long, tmp_path / "next"))
     assert isinstance(next(stream), TrainStart)
     assert isinstance(next(stream), TrainStep)
     os.kill(process, signal.SIGKILL)
