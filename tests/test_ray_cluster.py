@@ -278,7 +278,8 @@ def test_two_workers_train_the_policy_that_one_does(
     workers: list[Any], initial: Policy, pairs: list[Pair], tmp_path: Path
 ) -> None:
     """Four steps on three pairs each, split 2 and 1, a pass for each pair; alone, all in one pass. Gradients are added
-    in another order, so float error, which Adam turns into at most 0.2 % of the way that the weights go (0.04 % measured)."""
+    in another order, so float error, which Adam turns into at most 0.2 % of the way that the weights go (0.04 %
+    measured)."""
     single = learner_of(initial)
     before = [p.detach().clone() for p in single.model.trainable]
     expected = list(single.train(job_of(initial, pairs, DPO, tmp_path / "one", seed=3)))

@@ -228,8 +228,8 @@ def test_lora_with_two_learner_workers(tmp_path: Path, small_model: Path, one_th
         "lora",
         arms={"on_policy": {}},
         lora={"rank": 4, "alpha": 8},
-        dpo={"lr": 1.0e-2, "batch_size": 4, "micro_batch_size": 1, "epochs": 2},
-        learner={"workers": 2, "threads": 1},
+        dpo={"lr": 1.0e-2, "batch_size": 4, "epochs": 2},
+        learner={"workers": 2, "threads": 1, "tokens_per_pass": 1},
     )
     assert outcome.status == 0, outcome.stderr
     for index in (1, 2):

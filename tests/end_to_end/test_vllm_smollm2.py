@@ -49,7 +49,7 @@ def outcome(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         "small",
         prompts={"path": str(PROMPTS), "id_column": "id", "per_round": 4, "held_out": 4},
         sampling={"n": 2, "max_tokens": 12},
-        dpo={"lr": WEIGHTS[kind]["lr"], "batch_size": 2, "micro_batch_size": 2},
+        dpo={"lr": WEIGHTS[kind]["lr"], "batch_size": 2},
         lora=WEIGHTS[kind]["lora"],
         engine={"kind": "vllm"},
         learner={},
