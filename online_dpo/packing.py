@@ -121,7 +121,7 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same row on `device`."""
-        return _moved(self, device, layout=_moved(self.layout, device))
+        return _moved(self, device, layout=_moved(self.layout, device, masks={}))
 
 
 def pack(items: Sequence[Item]) -> tuple[Packed, tuple[int, ...]]:

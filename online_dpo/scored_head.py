@@ -52,6 +52,8 @@ class _Scored(torch.autograd.Function):
             collisions[part] = torch.linalg.vector_norm(p, dim=-1).square().log()
             if start < keeping:
                 kept.append(p)
+            # Or this chunk would still be there beside the next.
+            del z, p
         ctx.save_for_backward(h, weight, bias, targets, *kept)
         ctx.cap, ctx.rows = cap, rows
         ctx.mark_non_differentiable(collisions)
@@ -82,6 +84,7 @@ class _Scored(torch.autograd.Function):
                     of_weight.addmm_(of_u.t(), h[part])
                 else:
                     of_weight += of_u.t() @ h[part]
+            del p, of_u
         return of_h, of_weight, of_bias, None, None, None
 
 

@@ -119,6 +119,8 @@ def test_moving_a_row_keeps_all_of_it() -> None:
     for name in ("token_ids", "position_ids", "predictors", "targets"):
         assert getattr(moved, name).device.type == "meta"
         assert torch.equal(getattr(back, name), getattr(row, name))
+    row.layout.masks["made on"] = "cpu"
+    assert row.to(torch.device("meta")).layout.masks == {}
     for name in ("prompts", "completions", "prompt_lengths", "completion_lengths", "owner", "back"):
         assert getattr(moved.layout, name).device.type == "meta"
         assert torch.equal(getattr(back.layout, name), getattr(row.layout, name))
@@ -146,6 +148,16 @@ def test_every_token_stands_once_and_as_if_alone(items: list[Item]) -> None:
     assert torch.equal(layout.places[layout.back], torch.arange(tokens.shape[0]))
     assert layout.filled.sum() == tokens.shape[0]
     assert layout.filled.flatten().nonzero().squeeze(-1).tolist() == layout.back.tolist()
+    group, answer, at = layout.seats
+    assert torch.equal(at, positions)
+    for n, prompt in enumerate(layout.prompts):
+        where = prompt[: int(layout.prompt_lengths[n])]
+        assert group[where].tolist() == [n] * len(where)
+        assert answer[where].tolist() == [-1] * len(where)
+    for n, completion in enumerate(layout.completions):
+        where = completion[: row.lengths[n]]
+        assert group[where].tolist() == [int(layout.owner[n])] * len(where)
+        assert answer[where].tolist() == [n] * len(where)
 
 
 def _rebuilt(
