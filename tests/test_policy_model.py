@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from online_dpo.backends.hf_model import load_causal_lm, silence_dropout
-from online_dpo.backends.policy_model import Item, PolicyModel
+from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.backends.weights import policy_tensors
 from online_dpo.config import LoraSpec
 from online_dpo.errors import ModelError, RunFolderError
 from online_dpo.logps import collate, token_logps
 from online_dpo.models import digest_folder
+from online_dpo.packing import Item
+from online_dpo.passes import fill
 from online_dpo.policies import read_policy, write_policy
 from online_dpo.types import Pair, Policy
 
@@ -41,7 +43,7 @@ def model_of(initial: Policy, **settings: Any) -> PolicyModel:
 
 
 def logps(model: PolicyModel, items: list[Item]) -> list[float]:
-    return flat(model.per_token(items, batch_size=4))
+    return flat(model.per_token(items))
 
 
 def loaded_logps(folder: Path, items: list[Item]) -> list[float]:
@@ -53,27 +55,36 @@ def loaded_logps(folder: Path, items: list[Item]) -> list[float]:
 # --- log-probs ---
 
 
-def test_per_token_keeps_the_items_order(initial: Policy, items: list[Item]) -> None:
-    """Batched by length inside, any batch size: item by item what each gives alone."""
-    model = model_of(initial)
-    alone = [model.per_token([item], batch_size=1)[0] for item in items]
+@pytest.mark.parametrize("layout", ["packed", "plain"])
+def test_per_token_keeps_the_items_order(initial: Policy, items: list[Item], layout: str) -> None:
+    """Put into passes by length, whatever the budget: item by item what each gives alone, asked for twice too."""
+    model = model_of(initial, layout=layout)
+    assert model.forward.packed == (layout == "packed")
+    alone = [model.per_token([item])[0] for item in items]
     assert [len(row) for row in alone] == [len(completion) for _, completion in items]
-    for size in (1, 3, 100):
-        for found, expected in zip(model.per_token(items, size), alone, strict=True):
-            assert found == pytest.approx(expected, abs=2e-5)
+    asked = [*items, *items[3:5]]
+    passes = set()
+    for budget in (1, 60, 10_000):
+        model.tokens_per_pass = budget
+        found = model.per_token(asked)
+        passes.add(len(fill([[item] for item in asked], budget)))
+        for row, expected in zip(found, [*alone, *alone[3:5]], strict=True):
+            assert row == pytest.approx(expected, abs=2e-5)
+    assert len(passes) == 3
 
 
-def test_sums_are_the_tokens_sums(initial: Policy, items: list[Item]) -> None:
+def test_scores_are_those_of_per_token_with_a_gradient(initial: Policy, items: list[Item]) -> None:
     model = model_of(initial)
-    sums = model.sums(items)
-    assert sums.requires_grad
-    expected = [sum(row) for row in model.per_token(items, batch_size=4)]
-    assert sums.tolist() == pytest.approx(expected, abs=2e-4)
+    found = model.scores(items)
+    assert found.logps.requires_grad
+    assert not found.collisions.requires_grad
+    for row, expected in zip(found.each(), model.per_token(items), strict=True):
+        assert row == pytest.approx(expected, abs=2e-5)
 
 
 def test_nothing_to_score(initial: Policy) -> None:
     """A worker whose share is empty."""
-    assert model_of(initial).per_token([], batch_size=4) == []
+    assert model_of(initial).per_token([]) == []
 
 
 def test_bfloat16_forward_keeps_float32_weights(initial: Policy, items: list[Item]) -> None:
@@ -83,7 +94,7 @@ def test_bfloat16_forward_keeps_float32_weights(initial: Policy, items: list[Ite
     assert {p.dtype for p in rounded.trainable} == {torch.float32}
     off = max(abs(a - b) for a, b in zip(logps(exact, items), logps(rounded, items), strict=True))
     assert 1e-4 < off < 0.5
-    rounded.sums(items[:2]).sum().backward()  # type: ignore[no-untyped-call]
+    rounded.scores(items[:2]).logps.sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in rounded.trainable)
 
 
@@ -271,6 +282,21 @@ def test_adapter_that_does_not_fit(initial: Policy, moved: Moved) -> None:
         narrow.load(policy)
 
 
+def test_soft_capped_scores_are_capped(tiny_model: Callable[[str, Path], Path], tmp_path: Path) -> None:
+    """Gemma 2 was trained with attention scores capped; transformers' default attention leaves the cap out."""
+    folder = tiny_model("gemma2_capped", tmp_path / "model")
+    items: list[Item] = [([1, 40, 41], [50, 51, 2]), ([1, 60], [61, 62, 63, 64, 65])]
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        by_default = token_logps(model, collate(items))
+        model.set_attn_implementation("eager")
+        capped = token_logps(model, collate(items))
+    assert float((by_default - capped).abs().max()) > 0.05
+    assert loaded_logps(folder, items) == pytest.approx(capped.tolist(), abs=1e-5)
+
+
 def test_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load a causal language model"):
         load_causal_lm(tmp_path, torch.float32)
@@ -291,7 +317,7 @@ def test_activation_checkpointing_gives_the_same_gradients(
         count: list[int] = []
         layer = next(m for m in model.model.modules() if type(m).__name__ == "LlamaMLP")
         handle = layer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        model.sums(items[:4]).sum().backward()  # type: ignore[no-untyped-call]
+        model.scores(items[:4]).logps.sum().backward()  # type: ignore[no-untyped-call]
         handle.remove()
         runs.append(len(count))
         gradients.append([p.grad for p in model.trainable])

@@ -13,7 +13,7 @@ from online_dpo.errors import ModelError, one_line
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The model in folder `path`, in evaluation mode, every dropout at zero.
+    """The model in folder `path`, in evaluation mode, every dropout at zero, soft-capped scores capped.
 
     DPO compares log-probs of one text under two policies: dropout noise in either would be taken for preference.
     Raises `ModelError` when transformers cannot load the folder.
@@ -29,6 +29,9 @@ def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = Fal
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a causal language model from {path}: {one_line(error, 300)}") from error
     silence_dropout(model)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        # transformers' default attention leaves the cap out: other log-probs than the model was trained to.
+        model.set_attn_implementation("eager")  # type: ignore[operator]
     return model.eval()
 
 
