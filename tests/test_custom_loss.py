@@ -180,3 +180,13 @@ def fault(kind: type[OnlineDPOError], call: Callable[[], object]) -> str:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
+    """max(0, 2 − 0.1·Δ): 2 at Δ = 0, 0 beyond Δ = 20."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [snippet] = [block.partition("```")[0] for block in text.split("```python\n")[1:] if "def cautious" in block]
+    (tmp_path / "my_loss.py").write_text(snippet, encoding="utf-8")
+    loss = CustomLoss(LossSpec.model_validate({"use": "my_loss:cautious", "margin": 2.0}), 0.1, [tmp_path])
+    ratios = LogRatios(torch.tensor([0.0, 15.0], requires_grad=True), torch.tensor([0.0, -6.0]))
+    assert loss(ratios).tolist() == pytest.approx([2.0, 0.0])
