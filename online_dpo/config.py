@@ -209,6 +209,10 @@ class LearnerSpec(Spec):
     """Where training runs."""
 
     workers: Positive = 1
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="ddp: each worker holds the whole model; fsdp: a share of every weight and of its optimiser state",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the forward; weights and optimiser stay float32"
     )
@@ -259,6 +263,15 @@ class Experiment(ArmSettings):
         if not NAME.fullmatch(value):
             raise ValueError("letters, digits, '.', '_' and '-' only, at most 64")
         return value
+
+    @model_validator(mode="after")
+    def _shares(self) -> Experiment:
+        if self.engine.share_gpu and self.learner.parallel == "fsdp" and self.learner.workers > 1:
+            raise ValueError(
+                "engine.share_gpu: a learner with parallel: fsdp keeps its shares on the GPUs between rounds; "
+                "give the engine its own GPU, or set learner.parallel: ddp"
+            )
+        return self
 
     @model_validator(mode="after")
     def _arms(self) -> Experiment:

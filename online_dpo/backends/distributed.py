@@ -23,6 +23,9 @@ def join(rank: int, world: int, address: str) -> None:
     """Enter the group of `world` workers at `address` (tcp://host:port): nccl on GPUs, gloo on CPUs."""
     if world > 1:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if backend == "nccl":
+            # Ray shows each worker its own GPU alone; torch would otherwise guess one by the rank.
+            torch.cuda.set_device(0)
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
 
 
@@ -41,6 +44,16 @@ def summed(values: Tensor) -> Tensor:
     if rank_and_world()[1] > 1:
         dist.all_reduce(values)
     return values
+
+
+def largest(number: int) -> int:
+    """The largest of all workers' numbers."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return number
+    numbers = [0] * world
+    dist.all_gather_object(numbers, number)
+    return max(numbers)
 
 
 def gathered(mine: list[T]) -> list[T]:

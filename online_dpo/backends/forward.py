@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from online_dpo.backends.distributed import from_first
 from online_dpo.errors import ModelError, one_line
 from online_dpo.logps import chunked_head, collate, token_scores
 from online_dpo.packed_attention import NAME, packed_attention, register
@@ -118,11 +119,12 @@ def _attend_by(inner: Any, name: str) -> None:
 def _agrees(model: Any, items: list[Item], way: Forward, device: torch.device, precision: Any, truth: Tensor) -> str:
     """Why `way` does not give `truth`; empty when it does."""
     found, error = _tried(model, items, way, device, precision)
-    if found is None:
-        return error
-    gap = float((found - truth).abs().max())
-    dtype = torch.get_autocast_dtype(device.type) if _autocast(device, precision) else torch.float32
-    return "" if gap <= TRIAL_TOLERANCE[dtype] else f"its log-probs differ by {gap:.2g}"
+    if found is not None:
+        gap = float((found - truth).abs().max())
+        dtype = torch.get_autocast_dtype(device.type) if _autocast(device, precision) else torch.float32
+        error = "" if gap <= TRIAL_TOLERANCE[dtype] else f"its log-probs differ by {gap:.2g}"
+    # One decision for all workers: those that hold shares of a model try it together.
+    return from_first(error)
 
 
 def _autocast(device: torch.device, precision: Any) -> bool:

@@ -14,6 +14,7 @@ from online_dpo.backends.optimiser import learning_rate, make_optimiser
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.backends.reference_logps import reference_logps, shared_logps
 from online_dpo.backends.round_checkpoint import Progress, RoundCheckpoint
+from online_dpo.backends.sharding import whole
 from online_dpo.backends.step import StepLoss, StepSums
 from online_dpo.config import DPOSpec
 from online_dpo.errors import TrainingError
@@ -129,17 +130,19 @@ class LocalLearner:
 
     def _gradient_norm(self, dpo: DPOSpec) -> float:
         """The gradients of all workers added, their norm, and they themselves clipped to `dpo.clip`."""
-        sum_gradients(self.model.trainable)
-        return float(torch.nn.utils.clip_grad_norm_(self.model.trainable, dpo.clip))
+        if not self.model.sharded:  # shares were added as each was computed
+            sum_gradients(self.model.trainable)
+        return float(whole(torch.nn.utils.clip_grad_norm_(self.model.trainable, dpo.clip)))
 
     def _keep(self, checkpoint: RoundCheckpoint, progress: Progress, optimiser: torch.optim.Optimizer) -> None:
-        if self.model.rank == 0:
+        if self.model.rank == 0 or self.model.sharded:
             checkpoint.save(progress, self.model.trainable, optimiser)
 
     def _save(self, job: TrainJob) -> Policy:
         saved: list[Policy] = []
-        if self.model.rank == 0:
+        if self.model.rank == 0 or self.model.sharded:
             saved = [self.model.save(job.policy_id, job.out, self.probe_token_ids)]
+        if self.model.rank == 0:
             write_policy(saved[0])
         (policy,) = from_first(saved)
         self.model.loaded = policy.digest

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from online_dpo.backends.distributed import rank_and_world
+from online_dpo.backends import sharding
+from online_dpo.backends.distributed import from_first, largest, rank_and_world
 from online_dpo.backends.forward import ItemScores, choose_forward
 from online_dpo.backends.hf_model import load_causal_lm, silence_dropout, torch_dtype
 from online_dpo.backends.stacked_adapter import drop_stacked, load_adapter
 from online_dpo.config import LoraSpec
-from online_dpo.errors import ModelError, one_line
+from online_dpo.errors import ConfigError, ModelError, one_line
 from online_dpo.matmul import quicken
 from online_dpo.models import digest_folder, load_tokenizer
 from online_dpo.packing import Item
@@ -24,6 +25,8 @@ from online_dpo.types import Policy, Probe
 
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 """Enough tokens to keep the arithmetic units busy; more would only need more memory."""
+SPARE: Item = ((0,), (0,))
+"""What a worker scores for nothing, so that all make equally many passes: any model has token 0."""
 
 
 class PolicyModel:
@@ -31,6 +34,9 @@ class PolicyModel:
 
     With `lora`, the initial model's weights are frozen and a policy is an adapter; the initial policy is the
     adapter as freshly initialised (its B matrices are zero, so it changes nothing).
+
+    `sharded` (`parallel` fsdp, several workers): each worker holds a share of every weight, and every method that runs
+    the model or touches its weights is the work of all of them together.
     """
 
     def __init__(
@@ -41,6 +47,7 @@ class PolicyModel:
         lora: LoraSpec | None = None,
         dtype: str = "auto",
         device: torch.device | None = None,
+        parallel: str = "ddp",
         activation_checkpointing: bool = False,
         layout: str = "auto",
         tokens_per_pass: int | None = None,
@@ -48,7 +55,7 @@ class PolicyModel:
     ) -> None:
         self.initial = initial
         self.rank, self.world = rank_and_world()
-        self.sharded = False
+        self.sharded = parallel == "fsdp" and self.world > 1
         self.trust_remote_code = trust_remote_code
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch_dtype(dtype, self.device)
@@ -62,11 +69,15 @@ class PolicyModel:
                 model.enable_input_require_grads()
             # transformers checkpoints in training mode alone; every dropout is zero, so the mode changes nothing else.
             model.train()
-        self.model: Any = model.to(self.device)
         if self.device.type == "cpu":
-            quicken(self.model)
+            quicken(model)
+        if self.sharded:
+            # From the host's memory layer by layer: no GPU ever holds the whole model.
+            sharding.shard(model, self.device, self.world)
+        self.model: Any = model.to(self.device)
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[self.device.type]
         self.forward = choose_forward(self.model, layout, self.device, self.autocast)
+        self._let_go()
         self.loaded: str | None = initial.digest
 
     @property
@@ -75,14 +86,22 @@ class PolicyModel:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def rest(self) -> None:
-        """Move the weights to the host's memory until the next `load`, leaving the GPU to the engine."""
+        """Move the weights to the host's memory until the next `load`, leaving the GPU to the engine.
+
+        Raises `ConfigError` where the weights are shared out.
+        """
+        if self.sharded:
+            raise ConfigError("learner.parallel: fsdp keeps its shares on the GPU: engine.share_gpu must be false")
         if self.device.type == "cuda":
             self.model.to("cpu")
             torch.cuda.empty_cache()
 
     def load(self, policy: Policy, seed: int = 0) -> None:
         """Take `policy`'s weights, unless they are here already. `seed` draws a fresh adapter's A matrices."""
-        self.model.to(self.device)
+        if self.sharded:
+            self._let_go()
+        else:
+            self.model.to(self.device)
         if policy.digest == self.initial.digest and self.lora is not None:
             # Fresh A matrices depend on the seed, so "already here" cannot be told by the digest alone.
             drop_stacked(self.model)
@@ -95,43 +114,63 @@ class PolicyModel:
         self.loaded = policy.digest
 
     def _copy_from(self, path: Path) -> None:
+        if self.sharded and sharding.read_shares(self.model, path):
+            return
         other = load_causal_lm(path, torch.float32, self.trust_remote_code)
-        with torch.no_grad():
-            for mine, theirs in zip(self.model.parameters(), other.parameters(), strict=True):
-                mine.copy_(theirs)
+        for mine, theirs in zip(self.model.parameters(), other.parameters(), strict=True):
+            sharding.fill(mine, theirs)
 
     def save(self, policy_id: str, out: Path, probe_token_ids: Sequence[int]) -> Policy:
-        """Save the weights as policy `policy_id` in the empty folder `out`; safetensors only."""
-        if self.lora is not None:
-            # "auto" would ask the hub for a model of the base's name.
-            self.model.save_pretrained(out, safe_serialization=True, save_embedding_layers=False)
+        """Save the weights as policy `policy_id` in the empty folder `out`; safetensors only.
+
+        Of workers that hold shares, worker 0 writes what all of them gather.
+        """
+        if self.sharded:
+            state = sharding.whole_state(self.model, trainable_only=self.lora is not None, keep=self.rank == 0)
+            digest = from_first(self._write(out, state) if self.rank == 0 else "")
         else:
-            _make_generation_saveable(self.model)
-            self.model.save_pretrained(out, safe_serialization=True)
-            load_tokenizer(self.initial.path, self.trust_remote_code).save_pretrained(out)
-        probe = self.probe(probe_token_ids)
-        policy = Policy(policy_id, out, digest_folder(out), adapter=self.lora is not None, probe=probe)
+            digest = self._write(out, None)
+        policy = Policy(policy_id, out, digest, adapter=self.lora is not None, probe=self.probe(probe_token_ids))
         self.loaded = policy.digest
         return policy
+
+    def _write(self, out: Path, state: dict[str, Tensor] | None) -> str:
+        """Save the weights, or `state` in their place, in `out`; returns the folder's digest."""
+        if self.lora is not None:
+            # "auto" would ask the hub for a model of the base's name.
+            self.model.save_pretrained(out, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+        else:
+            _make_generation_saveable(self.model)
+            self.model.save_pretrained(out, state_dict=state, safe_serialization=True)
+            load_tokenizer(self.initial.path, self.trust_remote_code).save_pretrained(out)
+        return digest_folder(out)
 
     def autocast(self) -> Any:
         """The forward's precision: the weights are float32, the products are `dtype`."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        # A cached narrow copy would keep a gathered weight alive until the pass ends.
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=not self.sharded)
 
     def scores(self, items: Sequence[Item]) -> ItemScores:
         """Per-token log-probs of the items' completions in one pass, with gradients."""
         with self.autocast():
-            return self.forward.scores(self.model, items, self.device)
+            found = self.forward.scores(self.model, items, self.device)
+        if not torch.is_grad_enabled():
+            self._let_go()
+        return found
 
     @torch.no_grad()
     def per_token(self, items: Sequence[Item]) -> list[list[float]]:
         """Per-token log-probs of each completion, in as many passes as the token budget asks, in the items' order."""
         result: list[list[float]] = [[] for _ in items]
-        for chosen in fill([[item] for item in items], self.tokens_per_pass):
+        passes = fill([[item] for item in items], self.tokens_per_pass)
+        for chosen in passes:
             for i, values in zip(chosen, self.scores([items[i] for i in chosen]).each(), strict=True):
                 result[i] = values
+        if self.sharded:
+            for _ in range(largest(len(passes)) - len(passes)):
+                self.scores([SPARE])
         return result
 
     def probe(self, token_ids: Sequence[int]) -> Probe:
@@ -141,7 +180,12 @@ class PolicyModel:
         """
         with torch.no_grad():
             [values] = self.forward.scores(self.model, [(token_ids[:1], token_ids[1:])], self.device).each()
+        self._let_go()
         return Probe(tuple(token_ids), tuple(values))
+
+    def _let_go(self) -> None:
+        if self.sharded:
+            sharding.let_go(self.model)
 
 
 def _make_generation_saveable(model: Any) -> None:
@@ -180,6 +224,7 @@ def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
 
 def _reset_adapter(model: Any, seed: int) -> None:
     torch.manual_seed(seed)
-    for module in model.modules():
-        if hasattr(module, "reset_lora_parameters"):
-            module.reset_lora_parameters("default", True)
+    with sharding.trainable_whole(model):
+        for module in model.modules():
+            if hasattr(module, "reset_lora_parameters"):
+                module.reset_lora_parameters("default", True)

@@ -102,6 +102,7 @@ class LearnerActor:
             model_name=settings.name,
             lora=settings.lora,
             dtype=spec.dtype,
+            parallel=spec.parallel,
             activation_checkpointing=spec.activation_checkpointing,
             layout=spec.layout,
             tokens_per_pass=spec.tokens_per_pass,

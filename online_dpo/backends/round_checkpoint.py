@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from online_dpo.backends.distributed import from_first, rank_and_world
+from online_dpo.backends.sharding import read, whole
 from online_dpo.errors import TrainingError, one_line
 from online_dpo.protocols import TrainStep
 
@@ -43,11 +47,21 @@ class RoundCheckpoint:
         self._before = folder.with_name(folder.name + ".before")
 
     def save(self, progress: Progress, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-        """Put this state in the place of the one before."""
+        """Put this state in the place of the one before.
+
+        Worker 0 writes. Workers that hold shares must all call it: they gather the tensors, so that the file is the
+        same however many workers there are.
+        """
+        writes = rank_and_world()[0] == 0
+        tensors = _tensors(parameters, optimiser, keep=writes)
+        if writes:
+            self._write(progress, tensors)
+
+    def _write(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         aside = self.folder.with_name(self.folder.name + ".new")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(_tensors(parameters, optimiser), aside / "tensors.safetensors")
+        save_file(tensors, aside / "tensors.safetensors")
         record = {"key": self.key, **asdict(progress)}
         (aside / "state.json").write_text(json.dumps(record), encoding="utf-8")
         for file in aside.iterdir():
@@ -64,15 +78,17 @@ class RoundCheckpoint:
 
         Raises `TrainingError` when the state is this work's and cannot be read.
         """
-        if not self.folder.exists() and self._before.exists():
+        if rank_and_world()[0] == 0 and not self.folder.exists() and self._before.exists():
             self._before.rename(self.folder)
+        # The others look when it is in its place.
+        from_first(None)
         progress = self._progress()
         if not progress.steps:
             return progress
         try:
-            saved = load_file(self.folder / "tensors.safetensors")
-            _restore(saved, parameters, optimiser)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            with safe_open(self.folder / "tensors.safetensors", framework="pt") as saved:
+                _restore(saved, parameters, optimiser)
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise TrainingError(f"{self.folder} is damaged ({one_line(error)}); delete it to train anew") from error
         return progress
 
@@ -94,17 +110,22 @@ class RoundCheckpoint:
             raise TrainingError(f"{file} is damaged ({one_line(error)}); delete it to train anew") from error
 
 
-def _tensors(parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"{i}.weight": p.detach().contiguous() for i, p in enumerate(parameters)}
+def _tensors(parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for i, p in enumerate(parameters):
-        tensors |= {f"{i}.{name}": optimiser.state[p][name].contiguous() for name in MOMENTS}
+        for name, tensor in {"weight": p, **{name: optimiser.state[p][name] for name in MOMENTS}}.items():
+            found = whole(tensor)
+            if keep:
+                tensors[f"{i}.{name}"] = found
     return tensors
 
 
-def _restore(saved: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-    with torch.no_grad():
-        for i, p in enumerate(parameters):
-            p.copy_(saved[f"{i}.weight"])
-            optimiser.state[p] = {
-                name: saved[f"{i}.{name}"].to(p.device if name != "step" else "cpu") for name in MOMENTS
-            }
+def _restore(saved: Any, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    for i, p in enumerate(parameters):
+        read(p, saved, f"{i}.weight")
+        # The fused AdamW keeps its count of steps as a number beside the weight, on the same device.
+        state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+        state["exp_avg_sq"] = torch.zeros_like(p)
+        for name in MOMENTS:
+            read(state[name], saved, f"{i}.{name}")
+        optimiser.state[p] = state

@@ -55,8 +55,8 @@ class StepLoss:
         Each pass's summed loss is divided by the whole batch's size, so the gradient is that of the mean over the
         batch whatever the passes and the number of workers. `delta`: the running mean that `bco_pair` may use.
         """
-        mine, passes = self._passes(batch)
-        of_rank = self._of_rank(batch, mine) if self.objective.needs_ranking else {}
+        passes = self._passes(batch)
+        of_rank = self._of_rank(batch, passes) if self.objective.needs_ranking else {}
         sums = torch.zeros(8, dtype=torch.float64)
         for chosen, counts in passes:
             found = self.model.scores(items_of([self.pairs[i] for i in chosen]))
@@ -68,20 +68,20 @@ class StepLoss:
         loss, margin, wins, r_w, r_l, reward, expected, tokens = summed(sums.to(self.model.device)).tolist()
         return StepSums(loss, margin, wins, r_w, r_l, reward, expected, int(tokens))
 
-    def _passes(self, batch: Sequence[int]) -> tuple[list[int], list[tuple[list[int], int]]]:
-        """This worker's pairs, and its passes with 1 for those that count.
+    def _passes(self, batch: Sequence[int]) -> list[tuple[list[int], int]]:
+        """This worker's passes, with 1 for those that count.
 
         Workers that hold shards of one model must make equally many passes: those that have fewer repeat one for
         nothing.
         """
         hands = deal([self.costs[i] for i in batch], self.model.world)
         cut = [self._cut([batch[i] for i in hand]) for hand in hands]
-        mine, passes = [batch[i] for i in hands[self.model.rank]], cut[self.model.rank]
+        passes = cut[self.model.rank]
         counted = [(chosen, 1) for chosen in passes]
         if self.model.sharded:
             spare = min(batch, key=lambda i: (self.costs[i], i))
             counted += [([spare], 0)] * (max(map(len, cut)) - len(passes))
-        return mine, counted
+        return counted
 
     def _cut(self, indices: Sequence[int]) -> list[list[int]]:
         filled = fill([self.units[i] for i in indices], self.model.tokens_per_pass)
@@ -113,10 +113,10 @@ class StepLoss:
         )
 
     @torch.no_grad()
-    def _of_rank(self, batch: Sequence[int], mine: Sequence[int]) -> dict[int, float]:
+    def _of_rank(self, batch: Sequence[int], passes: Sequence[tuple[list[int], int]]) -> dict[int, float]:
         """`aot_reference` of the whole batch by pair: one more forward, since ranks need every margin first."""
         margins: dict[int, tuple[float, float]] = {}
-        for chosen in self._cut(mine):
+        for chosen, _ in passes:
             found = self.model.scores(items_of([self.pairs[i] for i in chosen]))
             of_pi, of_ref = self.objective.margins(self._data(chosen, found, {}, 0.0))
             margins.update(zip(chosen, zip(of_pi.tolist(), of_ref.tolist(), strict=True), strict=True))
