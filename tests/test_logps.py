@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from online_dpo.backends.hf_model import load_causal_lm
-from online_dpo.logps import collate, sequence_logps, token_logps
+from online_dpo.logps import chunked_head, collate, sequence_logps, token_logps, token_scores
+from online_dpo.packed_attention import NAME, packed_attention, register
+from online_dpo.packing import pack
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma2")
 PAD, END = 0, 2
@@ -104,6 +106,86 @@ def test_head_is_as_before_afterwards(models: Callable[[str], nn.Module]) -> Non
     after = model(input_ids=ids).logits
     assert after.shape == (1, 4, 259)
     assert torch.equal(before, after)
+
+
+# --- a chunk of the vocabulary's logits at a time ---
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_chunked_head_is_the_whole_one(models: Callable[[str], nn.Module], architecture: str) -> None:
+    """Log-probs and log Σ p², here with Gemma-2's cap inside the chunks."""
+    model = models(architecture)
+    found, whole = (token_scores(model, collate(ITEMS), chunked=chunked) for chunked in (True, False))
+    torch.testing.assert_close(found.logps, whole.logps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.collisions, whole.collisions, atol=1e-5, rtol=0)
+    assert found.logps.dtype == found.collisions.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_chunked_forms_no_logits(models: Callable[[str], nn.Module]) -> None:
+    """What the head hands on is one number a scored token; asked for whole, it is the vocabulary."""
+    model: Any = models("llama")
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
+    for chunked in (True, False):
+        token_logps(model, collate(ITEMS), chunked=chunked)
+    handle.remove()
+    assert shapes == [(1, 18, 1), (1, 18, 259)]
+
+
+def test_only_a_bare_linear_head_is_chunked(models: Callable[[str], nn.Module]) -> None:
+    """Any other, and a class derived from it, may do more than its weights say: its own forward is run."""
+
+    class Derived(nn.Linear):
+        pass
+
+    class Headed(nn.Module):
+        def __init__(self, head: nn.Module) -> None:
+            super().__init__()
+            self.head = head
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    bare = nn.Linear(2, 3)
+    assert chunked_head(Headed(bare)) is bare
+    assert chunked_head(Headed(Derived(2, 3))) is None
+    assert chunked_head(Headed(nn.Identity())) is None
+    logits = torch.full((1, 3, 11), 5.0)
+    found = token_logps(Replay(logits), collate([([1], [2, 3])]), chunked=True)
+    assert found.tolist() == pytest.approx([-2.397895] * 2, abs=1e-5)
+
+
+# --- packed ---
+
+
+@pytest.fixture(scope="module")
+def packing(tiny_lm: Callable[[str], Any]) -> nn.Module:
+    register(NAME, packed_attention)
+    model: Any = tiny_lm("llama")
+    model.set_attn_implementation(NAME)
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@torch.no_grad()
+def test_sums_of_a_packed_row(packing: nn.Module, chunked: bool) -> None:
+    """A sum a completion of the row, in its order: two of the first prompt stand before the second's."""
+    items = [ITEMS[0], ITEMS[1], (ITEMS[0][0], [60, END])]
+    row, number = pack(items)
+    assert number == (0, 2, 1)
+    tokens = token_logps(packing, row, chunked=chunked).tolist()
+    expected = [sum(tokens[0:3]), sum(tokens[3:5]), sum(tokens[5:15])]
+    assert sequence_logps(packing, row, chunked=chunked).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_probabilities_of_all_next_tokens_sum_to_one_packed(packing: nn.Module) -> None:
+    """Σ_v π(v | x) = 1 over 259 completions that share one prompt in one row."""
+    row, _ = pack([([1, 40, 41], [token]) for token in range(259)])
+    assert row.token_ids.shape == (1, 3 + 259)
+    assert token_logps(packing, row).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
 # --- sums ---

@@ -225,7 +225,7 @@ def test_logps_are_those_of_each_sequence_alone(packed_llama: tuple[Any, Any], i
     """Any prompts, completions and sharing, per token, against one unpadded forward a sequence."""
     plain, packed = packed_llama
     row, number = pack(items)
-    parts = token_logps(packed, row).split(list(row.lengths))
+    parts = token_logps(packed, row).split_with_sizes(list(row.lengths))
     for i, (prompt, completion) in zip(number, items, strict=True):
         logits = plain(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
         expected = logits[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
