@@ -1,19 +1,20 @@
 # make quickstart   create the environment and run experiments/quickstart.yaml
 # make test         create the environment and run the tests, slow ones excluded
 # make test-slow    the slow tests: real vLLM, Ray and SmolLM2
+# make bench        every figure against what people use: hours; choose with ARGS (tests/benchmarks/README.md)
 # make lint         ruff and mypy
 # make lock         resolve both locks anew (needs uv)
 # make environment  create the environment and nothing else
 # make clean        remove the environment and the tools' caches; runs/ stays
 #
 # Variables: LOCK=cpu|cuda (default: cuda where nvidia-smi finds a GPU), PYTHON=python3, VENV=.venv,
-# ARGS="…" goes to online-dpo or pytest.
+# ARGS="…" goes to online-dpo, pytest or the benchmarks.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint lock clean environment
+.PHONY: help quickstart test test-slow bench lint lock clean environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,6 +45,9 @@ test: $(PROJECT)
 
 test-slow: $(PROJECT)
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(PROJECT)
+	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 lint: $(PROJECT)
 	$(BIN)/ruff check .

@@ -1,0 +1,65 @@
+"""A contender of `sampling.py`: vLLM's own `LLM.generate`, one run a turn. Started by `turns.Contender`.
+
+The same environment, options and requests as the product's engine gives; nothing is decoded or streamed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import turns
+
+
+def work(options: dict[str, Any]) -> Iterator[turns.Said]:
+    """First turn: start. Then one run a turn."""
+    from sampling import seeds_of
+    from vllm import LLM, SamplingParams
+
+    from online_dpo.backends.hf_model import end_token_ids
+
+    prompts = json.loads(Path(options["prompts"]).read_text(encoding="utf-8"))
+    llm = LLM(
+        model=options["model"],
+        dtype="float32",
+        max_model_len=options["length"],
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        generation_config="vllm",
+        block_size=32,
+        disable_log_stats=True,
+        seed=0,
+    )
+    end_tokens = list(end_token_ids(Path(options["model"])))
+    spec = options["sampling"]
+    yield {}
+    run_number = 0
+    while True:
+        requests: list[Any] = []
+        params = []
+        for place, token_ids in enumerate(prompts):
+            for seed in seeds_of(run_number, place):
+                requests.append({"prompt_token_ids": token_ids})
+                params.append(
+                    SamplingParams(
+                        temperature=spec["temperature"],
+                        top_p=spec["top_p"],
+                        max_tokens=spec["max_tokens"],
+                        seed=seed,
+                        logprobs=0,
+                        detokenize=False,
+                        stop_token_ids=end_tokens,
+                    )
+                )
+        began = time.perf_counter()
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        yield {"tokens": tokens, "seconds": time.perf_counter() - began}
+        run_number += 1
+
+
+if __name__ == "__main__":
+    turns.serve(work(turns.options()))
