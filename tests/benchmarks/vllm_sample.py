@@ -5,6 +5,7 @@ The same environment, options and requests as the product's engine gives; nothin
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -16,12 +17,8 @@ import turns
 
 def work(options: dict[str, Any]) -> Iterator[turns.Said]:
     """First turn: start. Then one run a turn."""
-    from sampling import seeds_of
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    from online_dpo.backends.hf_model import end_token_ids
-
-    prompts = json.loads(Path(options["prompts"]).read_text(encoding="utf-8"))
     llm = LLM(
         model=options["model"],
         dtype="float32",
@@ -33,32 +30,39 @@ def work(options: dict[str, Any]) -> Iterator[turns.Said]:
         disable_log_stats=True,
         seed=0,
     )
-    end_tokens = list(end_token_ids(Path(options["model"])))
-    spec = options["sampling"]
     yield {}
-    run_number = 0
-    while True:
-        requests: list[Any] = []
-        params = []
-        for place, token_ids in enumerate(prompts):
-            for seed in seeds_of(run_number, place):
-                requests.append({"prompt_token_ids": token_ids})
-                params.append(
-                    SamplingParams(
-                        temperature=spec["temperature"],
-                        top_p=spec["top_p"],
-                        max_tokens=spec["max_tokens"],
-                        seed=seed,
-                        logprobs=0,
-                        detokenize=False,
-                        stop_token_ids=end_tokens,
-                    )
-                )
+    for run_number in itertools.count():
+        requests, params = work_of_a_run(options, run_number)
         began = time.perf_counter()
         outputs = llm.generate(requests, params, use_tqdm=False)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         yield {"tokens": tokens, "seconds": time.perf_counter() - began}
-        run_number += 1
+
+
+def work_of_a_run(options: dict[str, Any], run_number: int) -> tuple[list[Any], list[Any]]:
+    """One request a candidate with a seed of its own, as the product's engine makes them."""
+    from sampling import seeds_of
+    from vllm import SamplingParams
+
+    from online_dpo.backends.hf_model import end_token_ids
+
+    prompts = json.loads(Path(options["prompts"]).read_text(encoding="utf-8"))
+    end_tokens = list(end_token_ids(Path(options["model"])))
+    spec = options["sampling"]
+    numbered = [(token_ids, seed) for place, token_ids in enumerate(prompts) for seed in seeds_of(run_number, place)]
+    params = [
+        SamplingParams(
+            temperature=spec["temperature"],
+            top_p=spec["top_p"],
+            max_tokens=spec["max_tokens"],
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            stop_token_ids=end_tokens,
+        )
+        for _, seed in numbered
+    ]
+    return [{"prompt_token_ids": token_ids} for token_ids, _ in numbered], params
 
 
 if __name__ == "__main__":
