@@ -181,7 +181,9 @@ def _train(
         **_own_loss(arm),
     }
     record = folder.stage("train", inputs, ["policy"], produce)
-    remove(checkpoint)
+    # And what a kill between two of its renames left beside it.
+    for path in folder.path.glob(f"{checkpoint.name}*"):
+        remove(path)
     return record
 
 

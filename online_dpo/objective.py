@@ -124,13 +124,17 @@ def _sigmoid(r: LogRatios, dpo: DPOSpec, _: PairBatch) -> Tensor:
 
 def _sppo(r: LogRatios, dpo: DPOSpec, batch: PairBatch) -> Tensor:
     p_w, p_l = _given(batch.p_w, "p_w"), _given(batch.p_l, "p_l")
-    scores = torch.cat([p_w, p_l])
+    require_probabilities(torch.cat([p_w, p_l]))
+    return losses.sppo(r, dpo.beta, p_w.to(r.r_w.dtype), p_l.to(r.r_w.dtype))
+
+
+def require_probabilities(scores: Tensor) -> None:
+    """`TrainingError` unless all `scores` lie in [0, 1]."""
     if not bool(((scores >= 0) & (scores <= 1)).all()):
         raise TrainingError(
             f"loss 'sppo' needs scores that are probabilities in [0, 1], found {scores.min():g} to {scores.max():g}: "
             "a pairwise judge with comparing.rank_by mean_win gives such"
         )
-    return losses.sppo(r, dpo.beta, p_w.to(r.r_w.dtype), p_l.to(r.r_w.dtype))
 
 
 def _aot(r: LogRatios, dpo: DPOSpec, batch: PairBatch) -> Tensor:

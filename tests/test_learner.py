@@ -11,6 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_parts import (
+    LORA,
+    PAIR_EACH,
+    Result,
+    apart,
+    farthest,
+    job_of,
+    learner_of,
+    pass_sizes,
+    result_of,
+    shifted,
+    weights_of,
+)
 
 from online_dpo.backends.learner import LocalLearner, batch_order, check_first_step
 from online_dpo.backends.policy_model import PolicyModel
@@ -21,61 +34,15 @@ from online_dpo.policies import read_policy
 from online_dpo.protocols import TrainStart, TrainStep
 from online_dpo.types import Candidate, Pair, Policy
 
-LORA = LoraSpec(rank=4, alpha=8.0)
-DPO = DPOSpec(lr=1e-3, batch_size=4, micro_batch_size=2, epochs=2, warmup=0.25)
+DPO = DPOSpec(lr=1e-3, batch_size=4, epochs=2, warmup=0.25)
 """Six pairs in batches of 4 and 2, twice: four steps, the second and fourth on a short batch."""
-ONE_STEP = DPOSpec(lr=1e-3, batch_size=6, micro_batch_size=2, warmup=0.0, clip=1e9)
+ONE_STEP = DPOSpec(lr=1e-3, batch_size=6, warmup=0.0, clip=1e9)
 Moved = Callable[..., Policy]
-Result = tuple[TrainStart, list[TrainStep], Policy]
 
 
-def learner_of(initial: Policy, **settings: Any) -> LocalLearner:
-    assert initial.probe is not None
-    return LocalLearner(PolicyModel(initial, model_name="small", **settings), initial.probe.token_ids)
-
-
-def train(
-    learner: LocalLearner,
-    pairs: Sequence[Pair],
-    out: Path,
-    dpo: DPOSpec = DPO,
-    *,
-    policy: Policy | None = None,
-    reference: Policy | None = None,
-    seed: int = 0,
-) -> Result:
-    """One round from the initial policy, which is source, reference and start where nothing else is said."""
-    initial = learner.model.initial
-    start, *steps, last = learner.train(
-        policy or initial, reference or initial, initial, pairs, dpo, policy_id="next", out=out, seed=seed
-    )
-    assert isinstance(start, TrainStart)
-    assert isinstance(last, Policy)
-    return start, [step for step in steps if isinstance(step, TrainStep)], last
-
-
-def weights_of(learner: LocalLearner) -> list[Tensor]:
-    return [p.detach().clone() for p in learner.model.trainable]
-
-
-def farthest(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
-
-
-def apart(first: Sequence[Tensor], second: Sequence[Tensor], before: Sequence[Tensor]) -> float:
-    """How far two trainings from `before` ended from each other, over how far they went (Euclidean).
-
-    Adam divides a gradient by its own size: rounding of a gradient near zero moves that one weight by up to the
-    rate, so single weights say little.
-    """
-    between = sum(float((a - b).square().sum()) for a, b in zip(first, second, strict=True))
-    went = sum(float((a - b).square().sum()) for a, b in zip(first, before, strict=True))
-    return math.sqrt(between / went)
-
-
-def shifted(answer: Candidate, by: float) -> Candidate:
-    """`answer` with `by` nats added to every stored log-prob: falsified."""
-    return replace(answer, logprobs=tuple(value + by for value in answer.logprobs))
+def train(learner: LocalLearner, pairs: Sequence[Pair], out: Path, dpo: DPOSpec = DPO, **changes: Any) -> Result:
+    """One round of `job_of`."""
+    return result_of(learner, job_of(learner.model.initial, pairs, dpo, out, **changes))
 
 
 def plain_logp(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
@@ -104,27 +71,30 @@ def plain_losses(model: nn.Module, reference: nn.Module, pairs: Sequence[Pair], 
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_micro_batch_size_changes_nothing(
+def test_token_budget_changes_nothing(
     initial: Policy, pairs: list[Pair], tmp_path: Path, lora: LoraSpec | None
 ) -> None:
-    """Micro-batches of 1, 2, 4 and more than the batch, on batches of 4 and of 2 pairs: the same four steps.
+    """Passes of one pair, of some and of the whole batch, on batches of 4 and of 2 pairs: the same four steps.
 
     They end apart by less than 0.2 % of the way they went (0.04 % measured; another order of the pairs: above 10 %),
     and what the steps report agrees.
     """
     results = {}
-    for size in (1, 2, 4, 64):
-        learner = learner_of(initial, lora=lora)
-        dpo = DPO.model_copy(update={"micro_batch_size": size})
+    for budget in (PAIR_EACH, 72, 1000):
+        learner = learner_of(initial, lora=lora, tokens_per_pass=budget)
         learner.model.load(initial, seed=0)
         before = weights_of(learner)
-        _, steps, _ = train(learner, pairs, tmp_path / str(size), dpo)
-        results[size] = weights_of(learner), steps, before
-    reference, reference_steps, before = results[1]
+        passes = pass_sizes(learner)
+        _, steps, _ = train(learner, pairs, tmp_path / str(budget))
+        results[budget] = weights_of(learner), steps, before, [size // 2 for size in passes]
+    reference, reference_steps, before, passes = results[PAIR_EACH]
+    assert passes == [1] * 12
+    assert results[1000][3] == [4, 2, 4, 2]
+    assert sum(results[72][3]) == 12 and {2} < set(results[72][3]) <= {1, 2, 3}
     assert farthest(reference, before) > 2e-3
     assert len(reference_steps) == 4
-    for size in (2, 4, 64):
-        found, steps, _ = results[size]
+    for budget in (72, 1000):
+        found, steps, _, _ = results[budget]
         assert apart(found, reference, before) < 2e-3
         for step, expected in zip(steps, reference_steps, strict=True):
             assert step.loss == pytest.approx(expected.loss, abs=1e-5)
@@ -134,17 +104,17 @@ def test_micro_batch_size_changes_nothing(
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("budget", [PAIR_EACH, 72])
 def test_gradient_is_that_of_the_mean_over_pairs(
-    initial: Policy, pairs: list[Pair], moved: Moved, tmp_path: Path, epsilon: float, size: int
+    initial: Policy, pairs: list[Pair], moved: Moved, tmp_path: Path, epsilon: float, budget: int
 ) -> None:
     """One step on six pairs whose Δ differ (the reference is another policy), against a plain implementation:
     the gradient left in the weights is ∇ (1/6) Σ L. Sum instead of mean would be six times that."""
     from online_dpo.backends.hf_model import load_causal_lm
 
     reference = moved()
-    learner = learner_of(initial)
-    dpo = ONE_STEP.model_copy(update={"label_smoothing": epsilon, "micro_batch_size": size, "beta": 0.3})
+    learner = learner_of(initial, tokens_per_pass=budget)
+    dpo = ONE_STEP.model_copy(update={"label_smoothing": epsilon, "beta": 0.3})
     start, [step], _ = train(learner, pairs, tmp_path / "next", dpo, reference=reference)
     assert start.reference_from == "learner"
 
@@ -194,7 +164,7 @@ def test_what_a_step_reports(initial: Policy, pairs: list[Pair], moved: Moved, t
     assert step.margin == pytest.approx(sum(margins) / 6, abs=1e-5)
     assert step.accuracy == pytest.approx(2 / 6)
     assert step.loss == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 6, abs=1e-5)
-    tokens = sum(2 * len(p.prompt.token_ids) + len(p.chosen.token_ids) + len(p.rejected.token_ids) for p in pairs)
+    tokens = sum(len(p.prompt.token_ids) + len(p.chosen.token_ids) + len(p.rejected.token_ids) for p in pairs)
     assert step.tokens == tokens
     assert (step.step, step.steps, step.lr) == (1, 1, 1e-3)
 
@@ -351,7 +321,7 @@ def test_falsified_log_probs_outside_the_sample_stop_the_first_step(
     seen at the first step: margin 0.1·10·|y|/6 where 0 must be."""
     changed = [*pairs[:2], replace(pairs[2], chosen=shifted(pairs[2].chosen, -10.0)), *pairs[3:]]
     learner = learner_of(initial)
-    with pytest.raises(TrainingError, match=r"must have loss ln 2 = 0\.6931 and margin 0"):
+    with pytest.raises(TrainingError, match=r"must have loss 0\.6931 and margin 0, found loss"):
         train(learner, changed, tmp_path / "next", ONE_STEP)
     assert not (tmp_path / "next").exists()
 
@@ -389,14 +359,44 @@ def step_with(loss: float, margin: float) -> TrainStep:
 )
 def test_first_step_bound_by_hand(start: TrainStart, allowed: float) -> None:
     """β·max(4·gap of the engine's sequences, 20·1e-3) for margin and loss, both ways; `allowed` is for β = 1."""
-    beta = 0.1
-    allowed *= beta
-    check_first_step(step_with(LN2, 0.0), start, beta, 1e-3)
+    dpo = DPO.model_copy(update={"beta": 0.1})
+    allowed *= dpo.beta
+    check_first_step(step_with(LN2, 0.0), start, LN2, dpo, 1e-3)
     for sign in (1, -1):
-        check_first_step(step_with(LN2 + sign * 0.9 * allowed, sign * 0.9 * allowed), start, beta, 1e-3)
+        check_first_step(step_with(LN2 + sign * 0.9 * allowed, sign * 0.9 * allowed), start, LN2, dpo, 1e-3)
         for loss, margin in ((LN2, sign * 1.1 * allowed), (LN2 + sign * 1.1 * allowed, 0.0)):
             with pytest.raises(TrainingError, match="not this policy's"):
-                check_first_step(step_with(loss, margin), start, beta, 1e-3)
+                check_first_step(step_with(loss, margin), start, LN2, dpo, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss_counts"),
+    [
+        ({}, True),
+        ({"label_smoothing": 0.3}, True),
+        ({"loss": "sigmoid", "length_normalize": True}, True),
+        ({"nll_weight": 1.0, "length_penalty": 0.1, "ld_alpha": 0.5}, True),
+        # Steeper in Δ, or of another shape: rounding of Δ may move the loss by more than the margin.
+        ({"dpop_lambda": 50.0}, False),
+        ({"wpo_weight": True}, False),
+        ({"importance_clip": 2.0}, False),
+        ({"loss": "robust", "label_smoothing": 0.4}, False),
+        ({"loss": "ipo", "length_normalize": False}, False),
+        ({"loss": "hinge"}, False),
+    ],
+)
+def test_what_the_first_step_is_held_against(settings: dict[str, Any], loss_counts: bool) -> None:
+    """The margin always; the loss where it moves no faster than the margin does."""
+    dpo = DPOSpec(beta=0.1, **settings)
+    start = TrainStart("learner", 0.0, 0.0)
+    check_first_step(step_with(25.0, 0.0), start, 25.0, dpo, 1e-3)
+    with pytest.raises(TrainingError, match=r"must have loss 25\.0000 and margin 0"):
+        check_first_step(step_with(25.0, 0.01), start, 25.0, dpo, 1e-3)
+    if loss_counts:
+        with pytest.raises(TrainingError, match="not this policy's"):
+            check_first_step(step_with(25.01, 0.0), start, 25.0, dpo, 1e-3)
+    else:
+        check_first_step(step_with(25.01, 0.0), start, 25.0, dpo, 1e-3)
 
 
 # --- failures ---
@@ -420,7 +420,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_policy(
     wild = DPO.model_copy(update={"lr": 1e20, "warmup": 0.0, "clip": 1e9})
     seen = []
     with pytest.raises(TrainingError, match=r"step 2 of 4: loss .*the last good policy is kept"):
-        for item in learner.train(good, good, initial, pairs, wild, policy_id="bad", out=tmp_path / "bad", seed=0):
+        for item in learner.train(job_of(initial, pairs, wild, tmp_path / "bad", policy=good, reference=good)):
             seen.append(item)
     assert [type(item) for item in seen] == [TrainStart, TrainStep]
     assert not (tmp_path / "bad").exists()
@@ -434,8 +434,8 @@ def test_non_finite_gradient_of_a_finite_loss_stops(initial: Policy, pairs: list
     One-token answers alike but for the token, so that the reference's and the policy's sums are the same numbers.
     """
     [pair] = pairs[:1]
-    one, other = (replace(a, token_ids=a.token_ids[:1], logprobs=a.logprobs[:1]) for a in (pair.chosen, pair.rejected))
-    dpo = DPOSpec(lr=1e-3, batch_size=1, micro_batch_size=1, beta=3e38, engine_gap_tolerance=0.0)
+    one, other = (replace(pair.chosen, token_ids=(token,), logprobs=(-1.0,)) for token in (300, 301))
+    dpo = DPOSpec(lr=1e-3, batch_size=1, beta=3e38, engine_gap_tolerance=0.0)
     with pytest.raises(TrainingError, match=r"loss 0\.693.*, gradient norm (inf|nan)"):
         train(learner_of(initial), [replace(pair, chosen=one, rejected=other)], tmp_path / "next", dpo)
     assert not (tmp_path / "next").exists()
@@ -444,7 +444,7 @@ def test_non_finite_gradient_of_a_finite_loss_stops(initial: Policy, pairs: list
 def test_abandoned_round_leaves_nothing_behind(initial: Policy, pairs: list[Pair], tmp_path: Path) -> None:
     """Ctrl-C after the second step: the next round starts from saved weights, not from those left in memory."""
     learner = learner_of(initial)
-    stream = learner.train(initial, initial, initial, pairs, DPO, policy_id="x", out=tmp_path / "x", seed=0)
+    stream = learner.train(job_of(initial, pairs, DPO, tmp_path / "x"))
     for _ in range(3):
         next(stream)
     del stream

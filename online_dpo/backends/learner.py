@@ -19,7 +19,7 @@ from online_dpo.backends.step import StepLoss, StepSums
 from online_dpo.config import DPOSpec
 from online_dpo.errors import TrainingError
 from online_dpo.files import digest_json
-from online_dpo.objective import Objective
+from online_dpo.objective import Objective, require_probabilities
 from online_dpo.policies import write_policy
 from online_dpo.protocols import TrainJob, TrainStart, TrainStep
 from online_dpo.types import Candidate, Policy, Probe, Prompt
@@ -56,7 +56,7 @@ class LocalLearner:
         # From the first step on, the weights in memory are no saved policy's.
         self.model.loaded = None
         expect_zero = needed and job.policy.digest == job.reference.digest
-        checkpoint = self._checkpoint(job)
+        checkpoint = self._checkpoint(job, objective)
         for step, sums in self._steps(job, StepLoss(self.model, job, objective, reference), checkpoint):
             if expect_zero and step.step == 1 and sums is not None:
                 # A tolerance of zero asks for computed references; their forward still rounds.
@@ -83,6 +83,10 @@ class LocalLearner:
     def _check(self, job: TrainJob, objective: Objective) -> None:
         if not job.pairs:
             raise TrainingError("no pairs to train on")
+        if objective.needs_scores:
+            require_probabilities(
+                torch.tensor([score for p in job.pairs for score in (p.chosen_score, p.rejected_score)])
+            )
         if objective.needs_origin and job.source.digest != job.reference.digest:
             raise TrainingError(
                 "dpo.xpo_alpha needs answers drawn from the reference: the round's source must be its reference "
@@ -95,12 +99,16 @@ class LocalLearner:
     def _rounding(self) -> float:
         return 1e-3 if self.model.dtype == torch.float32 else 0.05
 
-    def _checkpoint(self, job: TrainJob) -> RoundCheckpoint | None:
+    def _checkpoint(self, job: TrainJob, objective: Objective) -> RoundCheckpoint | None:
         if self.save_every is None or job.checkpoint is None:
             return None
         policies = [job.policy.digest, job.reference.digest, job.source.digest]
-        pairs = [[p.prompt.token_ids, p.chosen.token_ids, p.rejected.token_ids] for p in job.pairs]
-        key = digest_json([policies, pairs, job.dpo.model_dump(mode="json"), job.seed])
+        pairs = [
+            [p.prompt.token_ids, p.chosen.token_ids, p.rejected.token_ids, p.chosen_score, p.rejected_score]
+            for p in job.pairs
+        ]
+        # The digest is of a loss of the user's own: its source may change while its name and its keys do not.
+        key = digest_json([policies, pairs, job.dpo.model_dump(mode="json"), objective.digest, job.seed])
         return RoundCheckpoint(job.checkpoint, key)
 
     def _steps(
@@ -124,9 +132,10 @@ class LocalLearner:
             optimiser.step()
             step = replace(step, seconds=time.perf_counter() - began)
             progress = advanced(progress, step, sums, len(batch))
+            # Before it is kept: a first step that is refused must not be there when the round is tried again.
+            yield step, sums
             if checkpoint is not None and self.save_every and (number + 1) % self.save_every == 0:
                 self._keep(checkpoint, progress, optimiser)
-            yield step, sums
 
     def _gradient_norm(self, dpo: DPOSpec) -> float:
         """The gradients of all workers added, their norm, and they themselves clipped to `dpo.clip`."""
@@ -190,12 +199,13 @@ def check_first_step(step: TrainStep, start: TrainStart, expected: float, dpo: D
 
     `expected`: the loss that this arm's objective has at policy = reference. Where the reference's log-probs are the
     engine's, Δ may be off by the gap between engine and learner, twice what a few pairs showed on each side; another
-    packing moves float32 by less. The margin is β·Δ, and the plain loss is no steeper in Δ; other losses may be, so
-    the margin alone is looked at there. Raises `TrainingError`.
+    packing moves float32 by less. The margin is β·Δ, and the plain loss is no steeper in Δ; other losses and some
+    modifiers are, so the margin alone is looked at there. Raises `TrainingError`.
     """
     gap = start.engine_gap_sequence if start.reference_from == "engine" else 0.0
     allowed = dpo.beta * max(4 * gap, 20 * tolerance)
-    off = abs(step.loss - expected) > allowed and dpo.loss in ("sigmoid", "robust") and not dpo.averaged
+    steeper = dpo.loss != "sigmoid" or dpo.dpop_lambda or dpo.wpo_weight or dpo.importance_clip
+    off = not steeper and abs(step.loss - expected) > allowed
     if abs(step.margin) > allowed or off:
         raise TrainingError(
             f"the first step of a fresh round must have loss {expected:.4f} and margin 0, found loss "

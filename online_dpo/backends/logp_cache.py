@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from online_dpo.errors import TrainingError, one_line
+from online_dpo.errors import RunFolderError, one_line
 from online_dpo.packing import Item
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, tokens BLOB NOT NULL) WITHOUT ROWID"
@@ -35,7 +35,7 @@ class LogpCache:
         self.file = file
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, list[float]]:
-        """What is known of `keys`. Raises `TrainingError` when the file cannot be read as a cache."""
+        """What is known of `keys`. Raises `RunFolderError` when the file cannot be read as a cache."""
         if not self.file.exists():
             return {}
         found: dict[bytes, list[float]] = {}
@@ -47,16 +47,18 @@ class LogpCache:
                     marks = ",".join("?" * len(part))
                     rows = base.execute(f"SELECT key, tokens FROM logps WHERE key IN ({marks})", part)  # noqa: S608
                     found.update((key, array("f", tokens).tolist()) for key, tokens in rows)
-        except sqlite3.DatabaseError as error:
-            raise TrainingError(f"{self.file} is damaged ({one_line(error)}); delete it: it is a cache") from error
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            raise RunFolderError(
+                f"{self.file} cannot be read ({one_line(error)}); if it is damaged, delete it: it is a cache"
+            ) from error
         return found
 
     def keep(self, values: Mapping[bytes, Sequence[float]]) -> None:
-        """Add `values`; one transaction."""
+        """Add `values`; one transaction. Raises `RunFolderError` when the file cannot be written."""
         try:
             with closing(sqlite3.connect(self.file, timeout=60)) as base, base:
                 base.execute(SCHEMA)
                 rows = [(key, array("f", tokens).tobytes()) for key, tokens in values.items()]
                 base.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", rows)
         except sqlite3.DatabaseError as error:
-            raise TrainingError(f"{self.file} cannot be written: {one_line(error)}") from error
+            raise RunFolderError(f"{self.file} cannot be written: {one_line(error)}") from error

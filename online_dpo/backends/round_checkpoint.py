@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from online_dpo.backends.distributed import from_first, rank_and_world
 from online_dpo.backends.sharding import read, whole
-from online_dpo.errors import TrainingError, one_line
+from online_dpo.errors import RunFolderError, one_line
 from online_dpo.protocols import TrainStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -76,7 +76,7 @@ class RoundCheckpoint:
     def load(self, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> Progress:
         """Take the saved state; an empty `Progress`, and nothing changed, when there is none of this work.
 
-        Raises `TrainingError` when the state is this work's and cannot be read.
+        Raises `RunFolderError` when the state is this work's and cannot be read.
         """
         if rank_and_world()[0] == 0 and not self.folder.exists() and self._before.exists():
             self._before.rename(self.folder)
@@ -89,13 +89,8 @@ class RoundCheckpoint:
             with safe_open(self.folder / "tensors.safetensors", framework="pt") as saved:
                 _restore(saved, parameters, optimiser)
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-            raise TrainingError(f"{self.folder} is damaged ({one_line(error)}); delete it to train anew") from error
+            raise RunFolderError(f"{self.folder} is damaged ({one_line(error)}); delete it to train anew") from error
         return progress
-
-    def discard(self) -> None:
-        """The round is trained: its checkpoint is of no more use."""
-        for folder in (self.folder, self._before, self.folder.with_name(self.folder.name + ".new")):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _progress(self) -> Progress:
         file = self.folder / "state.json"
@@ -107,7 +102,7 @@ class RoundCheckpoint:
                 return Progress()
             return Progress(tuple(TrainStep(**step) for step in record["steps"]), record["delta"], record["seen"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{file} is damaged ({one_line(error)}); delete it to train anew") from error
+            raise RunFolderError(f"{file} is damaged ({one_line(error)}); delete it to train anew") from error
 
 
 def _tensors(parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
