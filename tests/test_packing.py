@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -208,12 +209,11 @@ def test_masks_say_who_sees_whom(items: list[Item], window: int | None) -> None:
             assert found[n, 0, q].tolist() == to_prompt + to_own
 
 
-@pytest.fixture(scope="module")
-def packed_llama(tiny_lm: Callable[[str], Any]) -> tuple[Any, Any]:
-    """The same weights twice: one attends plainly, one packed."""
-    from contextlib import nullcontext
-
-    plain, packed = tiny_lm("llama"), tiny_lm("llama")
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2_capped"])
+def plain_and_packed(tiny_lm: Callable[[str], Any], request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """The same weights twice: one attends plainly, one packed. Without, and with, windows and capped scores."""
+    plain, packed = tiny_lm(request.param), tiny_lm(request.param)
+    plain.set_attn_implementation("eager")
     assert choose_forward(packed, "packed", CPU, nullcontext).packed
     return plain, packed
 
@@ -221,9 +221,9 @@ def packed_llama(tiny_lm: Callable[[str], Any]) -> tuple[Any, Any]:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=batches())
 @torch.no_grad()
-def test_logps_are_those_of_each_sequence_alone(packed_llama: tuple[Any, Any], items: list[Item]) -> None:
+def test_logps_are_those_of_each_sequence_alone(plain_and_packed: tuple[Any, Any], items: list[Item]) -> None:
     """Any prompts, completions and sharing, per token, against one unpadded forward a sequence."""
-    plain, packed = packed_llama
+    plain, packed = plain_and_packed
     row, number = pack(items)
     parts = token_logps(packed, row).split_with_sizes(list(row.lengths))
     for i, (prompt, completion) in zip(number, items, strict=True):
