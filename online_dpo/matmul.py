@@ -85,5 +85,20 @@ def _for_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    return _opaque(a, b) if torch.compiler.is_compiling() else _direct(a, b)
+
+
+def _direct(a: Tensor, b: Tensor) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return product
+
+
+@torch.library.custom_op("online_dpo::onednn_product", mutates_args=())
+def _opaque(a: Tensor, b: Tensor) -> Tensor:
+    """a·bᵀ as one piece that torch.compile does not look into: it would want the weights in a layout of its own."""
+    return _direct(a, b)
+
+
+@_opaque.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[0])

@@ -62,14 +62,15 @@ def packed_attention(
     """
     layout = usable(packed, attention_mask, sliding_window, others)
     prompts, completions = layout.prompts.shape, layout.completions.shape
-    count = prompts.numel()
 
     def rectangles(states: Tensor) -> tuple[Tensor, Tensor]:
         """[G, heads, P, size] and [B, heads, C, size]."""
         rows = _rearranged(states[0].transpose(0, 1), layout.places, layout.back)
+        # Split, not two slices: their gradients would each be a whole tensor of zeros with a part filled in.
+        x, y = rows.split([prompts.numel(), completions.numel()])
         return (
-            rows[:count].view(*prompts, *rows.shape[1:]).transpose(1, 2),
-            rows[count:].view(*completions, *rows.shape[1:]).transpose(1, 2),
+            x.view(*prompts, *rows.shape[1:]).transpose(1, 2),
+            y.view(*completions, *rows.shape[1:]).transpose(1, 2),
         )
 
     (q_x, q_y), (k_x, k_y), (v_x, v_y) = rectangles(query), rectangles(key), rectangles(value)
