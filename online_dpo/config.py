@@ -211,7 +211,8 @@ class LearnerSpec(Spec):
     workers: Positive = 1
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp",
-        description="ddp: each worker holds the whole model; fsdp: a share of every weight and of its optimiser state",
+        description="ddp: each worker holds the whole model; fsdp: a share of every weight and of its optimiser state "
+        "(with bfloat16, activation_checkpointing too: a pass would otherwise keep a narrow copy of all weights)",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the forward; weights and optimiser stay float32"

@@ -139,7 +139,7 @@ def test_no_such_arm(load: Load) -> None:
         ("reference: {evry: 2}", "unknown key 'reference.evry' (did you mean 'every'?)"),
         ("evaluation: {jugde: {use: 'a:B'}}", "unknown key 'evaluation.jugde' (did you mean 'judge'?)"),
         ("lora: {rnak: 8}", "unknown key 'lora.rnak' (did you mean 'rank'?)"),
-        ("learner: {zzz: 8}", "unknown key 'learner.zzz'; known: workers, dtype,"),
+        ("learner: {zzz: 8}", "unknown key 'learner.zzz'; known: workers, parallel,"),
         ("arms: {a: {model: other}}", "arms.a.model: 'model' is one for all arms; an arm may change rounds, source,"),
     ],
 )

@@ -165,12 +165,12 @@ class PolicyModel:
         """Per-token log-probs of each completion, in as many passes as the token budget asks, in the items' order."""
         result: list[list[float]] = [[] for _ in items]
         passes = fill([[item] for item in items], self.tokens_per_pass)
+        spare = largest(len(passes)) - len(passes) if self.sharded else 0
         for chosen in passes:
             for i, values in zip(chosen, self.scores([items[i] for i in chosen]).each(), strict=True):
                 result[i] = values
-        if self.sharded:
-            for _ in range(largest(len(passes)) - len(passes)):
-                self.scores([SPARE])
+        for _ in range(spare):
+            self.scores([SPARE])
         return result
 
     def probe(self, token_ids: Sequence[int]) -> Probe:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from online_dpo.errors import ModelError, one_line
 
@@ -31,7 +31,8 @@ def shard(model: nn.Module, device: torch.device, world: int) -> None:
     try:
         for layer in layers(model):
             fully_shard(layer, mesh=mesh)
-        # Embeddings and head are needed at both ends of the way back: they stay gathered until its end.
+        # Embeddings and head are needed at both ends of the way back, so they stay gathered until its end. They must:
+        # what gathers anew hangs on the model's output, and the scores of a chunked head are taken beside it.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"learner.parallel is fsdp, and this model cannot: {one_line(error, 200)}") from error
@@ -43,12 +44,12 @@ def shard(model: nn.Module, device: torch.device, world: int) -> None:
 
 
 def layers(model: Any) -> list[nn.Module]:
-    """The decoder's layers, by the names that transformers keeps together on one device; none that holds a tied
-    weight, which must not be in two units."""
+    """The decoder's layers, by the names that transformers keeps together on one device, inner before outer; none that
+    holds a tied weight, which must not be in two units. A model without such names is one unit."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = set(getattr(inner, "_no_split_modules", None) or ())
     ends = {id(end.weight) for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end is not None}
-    found = [module for module in inner.modules() if type(module).__name__ in names]
+    found = [module for module in reversed(list(inner.modules())) if type(module).__name__ in names]
     return [layer for layer in found if not any(id(p) in ends for p in layer.parameters())]
 
 
@@ -133,16 +134,28 @@ def read_shares(model: Any, folder: Path) -> bool:
     return True
 
 
+def shared_out(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """This worker's shares of whole `tensors`, as `model` has them; they themselves where it is not shared out."""
+    share = next((p for p in model.parameters() if isinstance(p, DTensor)), None)
+    if share is None:
+        return tensors
+    mesh, placements = share.device_mesh, share.placements
+    return {
+        name: distribute_tensor(tensor.to(share.device), mesh, placements, src_data_rank=None)
+        for name, tensor in tensors.items()
+    }
+
+
 @contextmanager
 def trainable_whole(model: nn.Module) -> Iterator[None]:
-    """Inside, every trainable share is a whole plain parameter, for code that draws or copies whole matrices; on
-    leaving, the shares take their rows of it. For adapters, which are small. Where nothing is shared out, nothing is
-    done."""
-    held: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+    """Inside, every trainable share is a whole plain parameter, for code that draws whole matrices; on leaving, the
+    shares take their rows of it. For adapters, which are small. Where nothing is shared out, nothing is done."""
+    held: list[tuple[nn.Module, str, Any, nn.Parameter]] = []
     for module in model.modules():
         for name, share in module._parameters.items():
-            if isinstance(share, DTensor) and share.requires_grad:
-                held.append((module, name, share, nn.Parameter(share.detach().full_tensor())))
+            tensor: Any = share
+            if isinstance(tensor, DTensor) and tensor.requires_grad:
+                held.append((module, name, tensor, nn.Parameter(tensor.full_tensor().detach())))
     for module, name, _, plain in held:
         module._parameters[name] = plain
     try:

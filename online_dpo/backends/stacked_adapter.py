@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from online_dpo.backends.sharding import trainable_whole
+from online_dpo.backends.sharding import shared_out
 from online_dpo.errors import ModelError
 
 TRAINED = "default"
@@ -36,8 +36,10 @@ def load_adapter(model: Any, path: Path) -> None:
         config.r, config.lora_alpha = saved["r"], saved["lora_alpha"]
         model.add_adapter(STACKED, config)
         model.set_adapter(STACKED)
-    with trainable_whole(model):
-        outcome = set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"), adapter_name=name)
+    tensors = load_file(path / "adapter_model.safetensors")
+    if name == TRAINED:
+        tensors = shared_out(tensors, model)
+    outcome = set_peft_model_state_dict(model, tensors, adapter_name=name)
     if outcome.unexpected_keys:
         drop_stacked(model)
         raise ModelError(f"the adapter in {path} does not fit the model: unexpected {outcome.unexpected_keys[0]}")
