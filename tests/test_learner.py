@@ -84,8 +84,8 @@ def test_token_budget_changes_nothing(
         learner = learner_of(initial, lora=lora, tokens_per_pass=budget)
         learner.model.load(initial, seed=0)
         before = weights_of(learner)
-        passes = pass_sizes(learner)
-        _, steps, _ = train(learner, pairs, tmp_path / str(budget))
+        with pass_sizes(learner) as passes:
+            _, steps, _ = train(learner, pairs, tmp_path / str(budget))
         results[budget] = weights_of(learner), steps, before, [size // 2 for size in passes]
     reference, reference_steps, before, passes = results[PAIR_EACH]
     assert passes == [1] * 12

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 
 from online_dpo.backends.learner import LocalLearner
@@ -72,17 +75,17 @@ def shifted(answer: Candidate, by: float) -> Candidate:
     return replace(answer, logprobs=tuple(value + by for value in answer.logprobs))
 
 
-def pass_sizes(learner: LocalLearner) -> list[int]:
-    """Grows by the number of items of each forward with gradients, from now on."""
+@contextmanager
+def pass_sizes(learner: LocalLearner) -> Iterator[list[int]]:
+    """Inside, the list grows by the number of items of each forward with gradients."""
     seen: list[int] = []
     forward = learner.model.scores
 
     def counted(items: Any) -> Any:
-        import torch
-
         if torch.is_grad_enabled():
             seen.append(len(items))
         return forward(items)
 
-    learner.model.scores = counted  # type: ignore[method-assign]
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner.model, "scores", counted)
+        yield seen
