@@ -101,7 +101,7 @@ def test_stored_log_probs_are_the_learners(initial: Policy, prompts: list[Prompt
     """The model's own, before temperature and top-p: the learner's forward over the same tokens, 1e-4 a token."""
     found = list(sampled(engine_of(initial), requests_for(prompts), sampling).values())
     ids = {p.id: p.token_ids for p in prompts}
-    own = PolicyModel(initial, model_name="small").per_token([(ids[c.prompt_id], c.token_ids) for c in found], 4)
+    own = PolicyModel(initial, model_name="small").per_token([(ids[c.prompt_id], c.token_ids) for c in found])
     for candidate, expected in zip(found, own, strict=True):
         assert list(candidate.logprobs) == pytest.approx(expected, abs=1e-4)
 
@@ -256,7 +256,7 @@ def test_loading_another_policy(initial: Policy, moved: Moved, prompts: list[Pro
     learner.load(policy)
     ids = {p.id: p.token_ids for p in prompts}
     answers = list(second.values())
-    own = learner.per_token([(ids[c.prompt_id], c.token_ids) for c in answers], 4)
+    own = learner.per_token([(ids[c.prompt_id], c.token_ids) for c in answers])
     for candidate, expected in zip(answers, own, strict=True):
         assert list(candidate.logprobs) == pytest.approx(expected, abs=1e-4)
     engine.load(initial)

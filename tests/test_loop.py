@@ -473,6 +473,37 @@ def test_initial_log_probs_asked_for_in_parts_are_in_the_answers_order(
         assert answer.initial_logprobs == logprobs_of(world.run.initial.digest, answer.candidate.token_ids)
 
 
+class Checkpointing(FakeLearner):
+    """Leaves a checkpoint, and beside it what a kill in the middle of saving one leaves."""
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        super().__init__(calls)
+        self.jobs: list[TrainJob] = []
+
+    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
+        self.jobs.append(job)
+        assert job.checkpoint is not None
+        for suffix in ("", ".before", ".new"):
+            folder = job.checkpoint.with_name(job.checkpoint.name + suffix)
+            folder.mkdir()
+            (folder / "state.json").write_text("{}")
+        yield from super().train(job)
+
+
+def test_a_trained_round_keeps_no_checkpoint(tmp_path: Path) -> None:
+    """Each round has a place of its own, beside what the stage puts together, and nothing stays there."""
+    world = World(tmp_path / "run", experiment(arms={"a": {}}), learner=Checkpointing).go()
+    learner = world.run.learner
+    assert isinstance(learner, Checkpointing)
+    assert len(learner.jobs) == 2
+    for index, job in enumerate(learner.jobs, start=1):
+        assert job.checkpoint is not None
+        assert job.checkpoint.parent == world.folder("a", index).path
+        assert job.checkpoint not in job.out.parents
+        assert list(job.checkpoint.parent.glob(f"{job.checkpoint.name}*")) == []
+        assert job.cache == world.run.store.root / "logps.sqlite"
+
+
 @pytest.mark.parametrize("reference", ["prior", {"every": 2}, {"ema": 0.5}])
 def test_kl_is_from_the_rounds_own_reference(tmp_path: Path, reference: Any) -> None:
     """Scored by the learner under the very policy that the round was trained against; π₀ is not scored twice."""
