@@ -105,9 +105,10 @@ def _head_only_at(model: nn.Module, predictors: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _head_scores(model: nn.Module, head: nn.Linear, targets: Tensor) -> Iterator[list[Scores]]:
-    """Inside, the head leaves its `Scores` of `targets` in the list and passes on nothing: no logits are formed.
+    """Inside, the head leaves its `Scores` of `targets` in the list and passes their log-probs on: no logits exist.
 
-    The model is run whole all the same: workers that hold shards of it gather them by hooks on its own forward.
+    The model is run whole all the same, and its output used: workers that hold shares of it gather them by hooks on its
+    own forward, and on what comes out of it for the way back.
     """
     found: list[Scores] = []
     config: Any = getattr(model, "config", None)  # peft hands on its base model's own
@@ -115,7 +116,7 @@ def _head_scores(model: nn.Module, head: nn.Linear, targets: Tensor) -> Iterator
 
     def score(hidden: Tensor) -> Tensor:
         found.append(scored(hidden.reshape(-1, hidden.shape[-1]), head, targets, cap))
-        return found[0].logps.view(1, -1, 1)
+        return found[0].logps.view(1, -1, 1).clone()  # such hooks warn of views
 
     before = head.__dict__.get("forward")
     head.forward = score  # type: ignore[method-assign,assignment]
@@ -148,8 +149,8 @@ def token_scores(model: nn.Module, batch: Sequences | Packed, *, chunked: bool =
     with _head_only_at(model, batch.predictors):
         if head is not None:
             with _head_scores(model, head, batch.targets) as found:
-                _run(model, batch)
-            return found[0]
+                logps: Tensor = _run(model, batch).logits
+            return Scores(logps.flatten(), found[0].collisions)
         logits: Tensor = _run(model, batch).logits.squeeze(0).float()
     logs = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
     logps = logs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)

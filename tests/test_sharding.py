@@ -70,6 +70,7 @@ def started(initial: Policy, spec: LearnerSpec) -> list[Any]:
         for rank, actor in enumerate(actors)
     ]
     cluster.wait(building, EngineError, "a learner worker")
+    assert at_each(actors, lambda actor: actor.learner.model.sharded) == [True, True]
     return actors
 
 
@@ -82,7 +83,7 @@ def rebuilt(actor: Any, initial: Policy, settings: dict[str, Any], save_every: i
 
 
 def at_each(workers: Sequence[Any], function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(actor, *args)` in every worker at once; it and what it calls must not be a closure's."""
+    """`function(actor, *args)` in every worker at once."""
     found: list[Any] = ray.get([worker.__ray_call__.remote(function, *args) for worker in workers])
     return found
 
@@ -195,6 +196,28 @@ def test_one_pair_for_two_workers(
     expected, found, before = both(workers, one, job)
     assert found[0].reference_from == "learner"
     same_round(expected, found, one, before)
+
+
+@pytest.mark.slow
+def test_model_whose_layers_have_no_names_is_one_unit(
+    workers: list[Any], initial: Policy, pairs: list[Pair], tmp_path: Path
+) -> None:
+    """Nothing but the model's own output tells such a unit of the way back."""
+    assert at_each(workers, rebuilt_as_one_unit, initial) == [1, 1]
+    one = alone(initial)
+    expected, found, before = both(workers, one, job_of(initial, pairs, tmp_path))
+    same_round(expected, found, one, before)
+
+
+def rebuilt_as_one_unit(actor: Any, initial: Policy) -> int:
+    from torch.distributed.fsdp import FSDPModule
+
+    from online_dpo.backends import sharding
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "layers", lambda _: [])
+        rebuilt(actor, initial, {}, None)
+    return sum(isinstance(module, FSDPModule) for module in actor.learner.model.model.modules())
 
 
 @pytest.mark.slow

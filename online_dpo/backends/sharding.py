@@ -31,8 +31,7 @@ def shard(model: nn.Module, device: torch.device, world: int) -> None:
     try:
         for layer in layers(model):
             fully_shard(layer, mesh=mesh)
-        # Embeddings and head are needed at both ends of the way back, so they stay gathered until its end. They must:
-        # what gathers anew hangs on the model's output, and the scores of a chunked head are taken beside it.
+        # Embeddings and head are needed at both ends of the way back: they stay gathered until its end.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"learner.parallel is fsdp, and this model cannot: {one_line(error, 200)}") from error
