@@ -103,6 +103,17 @@ def sampled(pairs: Sequence[Pair]) -> list[Pair]:
     return [pairs[i] for i in (0, 1, 3, 4)]
 
 
+@pytest.mark.parametrize("number", range(6))
+def test_pairs_compared_are_spread_over_the_round(
+    initial: Policy, pairs: list[Pair], tmp_path: Path, number: int
+) -> None:
+    """One pair falsified: seen where it is one of the four."""
+    off = replace(pairs[number], rejected=shifted(pairs[number].rejected, 1.0))
+    changed = [*pairs[:number], off, *pairs[number + 1 :]]
+    _, start = found_by(learner_of(initial), job_of(initial, changed, DPO, tmp_path / "next"))
+    assert start.reference_from == ("learner" if number in (0, 1, 3, 4) else "engine")
+
+
 def test_without_a_need_there_are_none(job: TrainJob, initial: Policy) -> None:
     learner = learner_of(initial)
     with watched(learner.model) as (digests, scored):
