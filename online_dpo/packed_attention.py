@@ -67,7 +67,7 @@ def packed_attention(
         """[G, heads, P, size] and [B, heads, C, size]."""
         rows = _rearranged(states[0].transpose(0, 1), layout.places, layout.back)
         # Split, not two slices: their gradients would each be a whole tensor of zeros with a part filled in.
-        x, y = rows.split([prompts.numel(), completions.numel()])
+        x, y = torch.split(rows, [prompts.numel(), completions.numel()])
         return (
             x.view(*prompts, *rows.shape[1:]).transpose(1, 2),
             y.view(*completions, *rows.shape[1:]).transpose(1, 2),
