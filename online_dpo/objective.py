@@ -69,7 +69,8 @@ class PairBatch:
     `pi_*` carry the gradient. `ref_*`: the reference's log-probs, `mu_*`: those of the policy that sampled the answers.
     `collision_*`: log Σ_v p_v² of the policy's next-token distribution at every token. `p_w`, `p_l`: [pairs], the
     judge's scores. `aot_margin_ref`: [pairs], `losses.aot_reference` of the whole optimiser batch, cut to these pairs.
-    `from_ref_*`: [pairs] bool, whether the reference sampled the answer. `bco_delta`: the running mean of the rewards.
+    `from_ref_*`: [pairs] bool, whether the reference sampled the answer. `bco_delta`: the running mean of the rewards,
+    read with `bco_running_mean` alone.
     Raises `ValueError` when log-probs of one answer have different numbers of tokens.
     """
 
@@ -152,7 +153,7 @@ BUILT_IN: dict[str, Loss] = {
     "simpo": lambda r, dpo, _: losses.simpo(r, dpo.beta, dpo.simpo_gamma),
     "exo_pair": lambda r, dpo, _: losses.exo_pair(r, dpo.beta, dpo.label_smoothing),
     "nca_pair": lambda r, dpo, _: losses.nca_pair(r, dpo.beta),
-    "bco_pair": lambda r, dpo, batch: losses.bco_pair(r, dpo.beta, batch.bco_delta),
+    "bco_pair": lambda r, dpo, batch: losses.bco_pair(r, dpo.beta, batch.bco_delta if dpo.bco_running_mean else 0.0),
     "sppo_hard": lambda r, dpo, _: losses.sppo_hard(r, dpo.beta),
     "sppo": _sppo,
     "aot": _aot,
@@ -176,7 +177,6 @@ class Objective:
         self.needs_ranking = dpo.loss == "aot"
         self.needs_scores = dpo.loss == "sppo"
         self.needs_origin = dpo.xpo_alpha > 0
-        self.tracks_delta = dpo.bco_running_mean
         self.digest: str | None = None
         if isinstance(dpo.loss, LossSpec):
             own = CustomLoss(dpo.loss, dpo.beta, folders)

@@ -157,10 +157,23 @@ def test_each_name_is_the_loss_of_its_name(name: str) -> None:
     settings: dict[str, Any] = {"length_normalize": False} if name == "ipo" else {}
     if name in ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot"):
         settings["label_smoothing"] = 0.1
-    settings |= {"simpo": {"simpo_gamma": 0.7}, "discopop": {"discopop_tau": 0.3}}.get(name, {})
+    other: dict[str, dict[str, Any]] = {
+        "simpo": {"simpo_gamma": 0.7},
+        "discopop": {"discopop_tau": 0.3},
+        "bco_pair": {"bco_running_mean": True},
+    }
+    settings |= other.get(name, {})
     out = Objective(spec(name, **settings))(replace(batch, bco_delta=0.25))
     expected = by_hand[name]() if name in by_hand else getattr(losses, name)(r, 0.4)
     assert torch.allclose(out.losses, expected, rtol=1e-12, atol=0)
+
+
+def test_bco_pair_reads_the_running_mean_only_where_it_is_asked_for() -> None:
+    batch = full_batch()
+    r = LogRatios(*(torch.tensor(sums, dtype=torch.float64) for sums in ratio_sums(batch)))
+    for asked, delta in ((False, 0.0), (True, 0.25)):
+        out = Objective(spec("bco_pair", bco_running_mean=asked))(replace(batch, bco_delta=0.25))
+        assert torch.allclose(out.losses, losses.bco_pair(r, 0.4, delta), rtol=1e-12, atol=0)
 
 
 def test_ipo_summed_and_averaged_are_two_losses() -> None:
@@ -324,8 +337,7 @@ def test_an_objective_needs_what_it_says_and_nothing_more(name: str, modifier: s
 def test_needs_by_hand() -> None:
     plain = Objective(DPOSpec())
     assert [getattr(plain, need) for need in NEEDS] == [True, False, False, False, False, False]
-    assert not plain.tracks_delta and plain.digest is None
-    assert Objective(DPOSpec(loss="bco_pair", bco_running_mean=True)).tracks_delta
+    assert plain.digest is None
     assert not Objective(DPOSpec(loss="simpo")).needs_reference
     assert Objective(DPOSpec(loss="aot")).needs_ranking
     assert Objective(DPOSpec(loss="sppo")).needs_scores
