@@ -66,7 +66,12 @@ class CustomLoss:
         """One call on `TRIAL`, so that a fault shows before anything is sampled."""
         with torch.enable_grad():
             r = LogRatios(*(part.clone().requires_grad_() for part in TRIAL))
-            gradients = torch.autograd.grad(self(r).sum(), r, allow_unused=True)
+            values = self(r)
+            gradients = torch.autograd.grad(values.sum(), r, allow_unused=True)
+            alone = self(LogRatios(r.r_w[:1], r.r_l[:1]))
+        if not torch.allclose(alone, values[:1]):
+            # A step's pairs are cut into passes and dealt to workers: only a sum over pairs is the same however cut.
+            raise TrainingError(f"loss '{self.name}' of a pair depends on the other pairs: each must stand alone")
         found = [gradient for gradient in gradients if gradient is not None]
         if not found:
             raise TrainingError(f"loss '{self.name}' has no gradient: it does not depend on the log-ratios")

@@ -9,6 +9,7 @@
     ├── JudgeError                 a judge cannot be loaded or broke its contract exit 2
     ├── RunFolderError             a run folder is missing, locked or damaged     exit 2
     ├── EngineError                the engine failed or holds the wrong weights   exit 1
+    ├── LearnerError               the learner's workers cannot go on             exit 1
     └── TrainingError              non-finite loss, broken first-step identity    exit 1
 """
 
@@ -56,6 +57,10 @@ class RunFolderError(OnlineDPOError):
 
 class EngineError(OnlineDPOError):
     """The engine failed, or does not hold the weights that it should hold."""
+
+
+class LearnerError(OnlineDPOError):
+    """The learner's workers cannot go on: a process ended, or failed while the others wait for it."""
 
 
 class TrainingError(OnlineDPOError):

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from online_dpo.packing import Item
 
 
-def tokens_of(items: Sequence[Item]) -> int:
-    """Tokens of the items when every distinct prompt, and every distinct completion of it, is computed once."""
+def tokens_of(items: Sequence[Item], *, packed: bool = True) -> int:
+    """Tokens that are computed: packed, every distinct prompt and every distinct completion of it once."""
+    if not packed:
+        return sum(len(prompt) + len(completion) for prompt, completion in items)
     prompts = {tuple(prompt) for prompt, _ in items}
     answers = {(tuple(prompt), tuple(completion)) for prompt, completion in items}
     return sum(map(len, prompts)) + sum(len(completion) for _, completion in answers)
@@ -28,8 +30,8 @@ def deal(costs: Sequence[int], workers: int) -> list[list[int]]:
     return [sorted(hand) for hand in hands]
 
 
-def fill(units: Sequence[Sequence[Item]], budget: int) -> list[list[int]]:
-    """Indices of `units` by pass, at most `budget` tokens each; a unit that is larger has a pass of its own.
+def fill(units: Sequence[Sequence[Item]], budget: int, *, packed: bool = True) -> list[list[int]]:
+    """Indices of `units` by pass, at most `budget` tokens each (`tokens_of`); a larger unit has a pass of its own.
 
     Units of one prompt come to stand together, since their prompt then costs nothing, and units of like lengths, since
     attention pads a pass to its longest.
@@ -39,7 +41,7 @@ def fill(units: Sequence[Sequence[Item]], budget: int) -> list[list[int]]:
     held: list[Item] = []
     for index in order:
         both = [*held, *units[index]]
-        if passes and tokens_of(both) <= budget:
+        if passes and tokens_of(both, packed=packed) <= budget:
             passes[-1].append(index)
             held = both
         else:

@@ -59,6 +59,10 @@ def broken(ratios, beta):
     return ratios.nothing
 
 
+def centred(ratios, beta):
+    return F.softplus(-beta * (ratios.delta - ratios.delta.mean()))
+
+
 def steep(ratios, beta):
     return torch.sqrt(ratios.delta.abs())
 
@@ -133,6 +137,7 @@ def test_no_such_module(tmp_path: Path) -> None:
         ("broken", "failed: AttributeError: 'LogRatios' object has no attribute 'nothing'"),
         # d√|Δ|/dΔ is infinite where policy = reference, where every run begins
         ("steep", "has a gradient that is not finite"),
+        ("centred", "of a pair depends on the other pairs"),
     ],
 )
 def test_a_loss_that_is_none_is_named_before_anything_is_trained(make: Make, name: str, says: str) -> None:

@@ -37,6 +37,15 @@ def test_shared_prompt_is_counted_once() -> None:
     assert tokens_of([]) == 0
 
 
+def test_plain_rows_count_every_prompt() -> None:
+    """Two items behind one prompt of two tokens, answers of 3 and 1: 6 packed, 5 + 3 plain; a budget of 6 splits."""
+    pair = [([7, 8], [1, 2, 3]), ([7, 8], [4])]
+    assert (tokens_of(pair), tokens_of(pair, packed=False)) == (6, 8)
+    units = [[item] for item in pair]
+    assert fill(units, 6) == [[0, 1]] or fill(units, 6) == [[1, 0]]
+    assert sorted(map(len, fill(units, 6, packed=False))) == [1, 1]
+
+
 @given(units=some_units())
 def test_count_is_what_a_packed_row_holds(units: list[list[Item]]) -> None:
     items = [item for unit in units for item in unit]

@@ -20,7 +20,15 @@ from training_parts import PAIR_EACH, job_of, learner_of
 from online_dpo.backends import ray_cluster as cluster
 from online_dpo.backends.hf_engine import TransformersEngine
 from online_dpo.config import DPOSpec, EngineSpec, LearnerSpec, SamplingSpec
-from online_dpo.errors import ConfigError, EngineError, JudgeError, ModelError, OnlineDPOError, TrainingError
+from online_dpo.errors import (
+    ConfigError,
+    EngineError,
+    JudgeError,
+    LearnerError,
+    ModelError,
+    OnlineDPOError,
+    TrainingError,
+)
 from online_dpo.protocols import SampleRequest, TrainStart, TrainStep
 from online_dpo.types import Pair, Policy, Prompt
 
@@ -165,7 +173,22 @@ def test_workers_that_do_not_end_together(live_ray: None) -> None:
     ]
     found = cluster.in_step(streams)
     assert next(found) == 0
-    with pytest.raises(TrainingError, match="only 1 of 2 learner workers went on"):
+    with pytest.raises(LearnerError, match="only 1 of 2 learner workers went on"):
+        next(found)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_worker_that_fails_alone_ends_the_run(live_ray: None, together: bool) -> None:
+    """Both fail: training cannot go on, and the next arm may use the workers. One alone has left the other inside a
+    sum: a `TrainingError` would let the next arm begin with such a group."""
+    actors = [ray.remote(Faulty).options(num_cpus=0).remote() for _ in range(2)]
+    bad = actors[0].stream.options(num_returns="streaming").remote(TrainingError("not finite"))
+    other = actors[1].stream if together else actors[1].count
+    argument = TrainingError("not finite") if together else 2
+    found = cluster.in_step([bad, other.options(num_returns="streaming").remote(argument)])
+    next(found)
+    kind, line = (TrainingError, "^not finite$") if together else (LearnerError, "^learner worker 0 alone: not finite$")
+    with pytest.raises(kind, match=line):
         next(found)
 
 
@@ -206,7 +229,7 @@ def test_learner_worker_killed_while_it_trains(live_ray: None, initial: Policy, 
     stream = learner.train(job_of(initial, [], DPO, tmp_path / "x"))
     assert next(stream) == 1  # type: ignore[comparison-overlap]
     os.kill(processes[victim], signal.SIGKILL)
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(LearnerError) as caught:
         next(stream)
     assert "process ended" in one_line(caught.value)
     ray.kill(actors[1 - victim])
@@ -427,7 +450,7 @@ def test_other_worker_notices_that_its_group_is_broken(
     assert isinstance(next(stream), TrainStart)
     assert isinstance(next(stream), TrainStep)
     os.kill(process, signal.SIGKILL)
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(LearnerError) as caught:
         list(stream)
     assert one_line(caught.value).startswith("learner worker ")
     assert not (tmp_path / "next").exists()

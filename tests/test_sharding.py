@@ -24,7 +24,7 @@ from online_dpo.backends.learner import LocalLearner, batch_order
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.backends.reference_logps import items_of
 from online_dpo.config import DPOSpec, LearnerSpec, LoraSpec, validate_experiment
-from online_dpo.errors import ConfigError, EngineError, TrainingError
+from online_dpo.errors import ConfigError, EngineError, LearnerError, TrainingError
 from online_dpo.models import digest_folder
 from online_dpo.passes import deal, fill, tokens_of
 from online_dpo.policies import read_policy
@@ -495,7 +495,7 @@ def test_a_killed_worker_ends_the_round_in_one_line(
     assert isinstance(next(stream), TrainStart)
     assert isinstance(next(stream), TrainStep)
     os.kill(process, signal.SIGKILL)
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(LearnerError) as caught:
         list(stream)
     assert str(caught.value).startswith("learner worker ")
     assert "\n" not in str(caught.value)

@@ -164,7 +164,7 @@ class PolicyModel:
     def per_token(self, items: Sequence[Item]) -> list[list[float]]:
         """Per-token log-probs of each completion, in as many passes as the token budget asks, in the items' order."""
         result: list[list[float]] = [[] for _ in items]
-        passes = fill([[item] for item in items], self.tokens_per_pass)
+        passes = fill([[item] for item in items], self.tokens_per_pass, packed=self.forward.packed)
         spare = largest(len(passes)) - len(passes) if self.sharded else 0
         for chosen in passes:
             for i, values in zip(chosen, self.scores([items[i] for i in chosen]).each(), strict=True):

@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from online_dpo.config import EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
-from online_dpo.errors import ConfigError, EngineError, OnlineDPOError, TrainingError, one_line
+from online_dpo.errors import ConfigError, EngineError, LearnerError, OnlineDPOError, TrainingError, one_line
 from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
 from online_dpo.types import Candidate, Policy, Probe, Prompt
 
@@ -28,6 +28,10 @@ class ModelSettings:
     name: str
     lora: LoraSpec | None
     trust_remote_code: bool
+
+
+IN_STEP_S = 20.0
+"""Seconds in which workers that fail together are expected to have failed."""
 
 
 class EngineActor:
@@ -171,20 +175,20 @@ class RayLearner:
         """`protocols.Learner.score`."""
         shared = list(items)
         results: list[list[list[float]]] = wait(
-            [worker.score.remote(policy, shared) for worker in self.workers], TrainingError, "a learner worker"
+            [worker.score.remote(policy, shared) for worker in self.workers], LearnerError, "a learner worker"
         )
         return results[0]
 
     def probe(self, policy: Policy, token_ids: Sequence[int]) -> Probe:
         """`protocols.Learner.probe`."""
         probes: list[Probe] = wait(
-            [worker.probe.remote(policy, token_ids) for worker in self.workers], TrainingError, "a learner worker"
+            [worker.probe.remote(policy, token_ids) for worker in self.workers], LearnerError, "a learner worker"
         )
         return probes[0]
 
     def rest(self) -> None:
         """`protocols.Learner.rest`."""
-        wait([worker.rest.remote() for worker in self.workers], TrainingError, "a learner worker")
+        wait([worker.rest.remote() for worker in self.workers], LearnerError, "a learner worker")
 
 
 def in_step(streams: Sequence[Any]) -> Iterator[Any]:
@@ -202,12 +206,37 @@ def in_step(streams: Sequence[Any]) -> Iterator[Any]:
                 reference = next(stream)
             except StopIteration:
                 continue
-            said[worker] = wait(reference, TrainingError, f"learner worker {worker}")
+            try:
+                said[worker] = wait(reference, LearnerError, f"learner worker {worker}")
+            except TrainingError as error:
+                if _all_fail([other for other in streams if other is not stream]):
+                    raise
+                raise LearnerError(f"learner worker {worker} alone: {error}") from error
         if not said:
             return
         if len(said) < len(streams):
-            raise TrainingError(f"only {len(said)} of {len(streams)} learner workers went on")
+            raise LearnerError(f"only {len(said)} of {len(streams)} learner workers went on")
         yield said[0]
+
+
+def _all_fail(streams: Sequence[Any]) -> bool:
+    """Whether every worker ends with a `TrainingError` too, as they do when what they share is not finite.
+
+    Then they are in step, and the next arm may use them. A worker that failed by itself has left the others inside a
+    sum that it will never join.
+    """
+    for stream in streams:
+        try:
+            while True:
+                ready, _ = ray.wait([stream], num_returns=1, timeout=IN_STEP_S)
+                if not ready:
+                    return False
+                wait(next(stream), LearnerError, "a learner worker")
+        except TrainingError:
+            continue
+        except (OnlineDPOError, StopIteration):
+            return False
+    return True
 
 
 def free_address() -> str:

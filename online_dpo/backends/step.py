@@ -47,7 +47,7 @@ class StepLoss:
         self.reference = reference
         self.from_reference = job.source.digest == job.reference.digest
         self.units = [items_of([pair]) for pair in self.pairs]
-        self.costs = [tokens_of(unit) for unit in self.units]
+        self.costs = [tokens_of(unit, packed=model.forward.packed) for unit in self.units]
 
     def backward(self, batch: Sequence[int], delta: float) -> StepSums:
         """Gradients of the mean loss over the pairs `batch`, accumulated over this worker's passes.
@@ -84,7 +84,7 @@ class StepLoss:
         return counted
 
     def _cut(self, indices: Sequence[int]) -> list[list[int]]:
-        filled = fill([self.units[i] for i in indices], self.model.tokens_per_pass)
+        filled = fill([self.units[i] for i in indices], self.model.tokens_per_pass, packed=self.model.forward.packed)
         return [[indices[i] for i in chosen] for chosen in filled]
 
     def _data(self, chosen: Sequence[int], found: ItemScores, of_rank: dict[int, float], delta: float) -> PairBatch:
@@ -130,7 +130,8 @@ class StepLoss:
         wins = (margins > 0).double() + 0.5 * (margins == 0).double()
         reward = self.objective.mean_reward(out) * len(chosen)
         parts = (out.losses.detach(), margins, wins, out.ratios.r_w, out.ratios.r_l, reward, expected)
-        tokens = tokens_of([item for i in chosen for item in self.units[i]])
+        items = [item for i in chosen for item in self.units[i]]
+        tokens = tokens_of(items, packed=self.model.forward.packed)
         return torch.stack([*(part.double().sum().cpu() for part in parts), torch.tensor(float(tokens)).double()])
 
     def _given(self, values: Sequence[PairLogps], found: ItemScores) -> tuple[TokenLogps, TokenLogps]:
