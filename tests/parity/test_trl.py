@@ -19,7 +19,9 @@ from trl_parts import Stage, ours, settings, stage_of, theirs
 
 from online_dpo.types import Policy
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="TRL is not installed: pip install 'online-dpo[dev]'"
+)
 
 TOLERANCE = 1e-4
 SMOOTHED: dict[str, Any] = {"label_smoothing": 0.1}
@@ -27,7 +29,7 @@ SMOOTHED: dict[str, Any] = {"label_smoothing": 0.1}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sigmoid": ({}, {}),
     "robust": (SMOOTHED, SMOOTHED),
-    "hinge": ({}, {}),
+    "hinge": ({"beta": 0.05}, {}),  # at 0.1 its late losses are next to none: all rounding
     "ipo": ({"length_normalize": True}, {}),
     "sigmoid_norm": ({}, {}),
     "exo_pair": (SMOOTHED, SMOOTHED),
@@ -91,7 +93,7 @@ def test_an_adapter_trains_as_trls(adapter: Stage, name: str) -> None:
 def test_discopop_at_its_default_temperature_begins_as_trls(full: Stage) -> None:
     """σ(βΔ/τ) at τ = 0.05 turns within a tenth of a nat: from the second step on, rounding decides.
 
-    TRL's own training from weights 1e-7 apart is as far from itself after ten steps as ours is from it (1e-2).
+    TRL's own training, begun from weights a ten-millionth apart, ends as far from itself as ours from it.
     """
     dpo = settings(loss="discopop", batch_size=8, epochs=1)
     assert ours(full, dpo).off(theirs(full, dpo, loss_type=["discopop"])) <= TOLERANCE
