@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from online_dpo.backends.allocator import learner_environment
 from online_dpo.config import EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
 from online_dpo.errors import ConfigError, EngineError, LearnerError, OnlineDPOError, TrainingError, one_line
 from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
@@ -287,6 +288,8 @@ def start_learner_actors(spec: LearnerSpec, gpus_per_worker: float, kind: type =
     """`spec.workers` workers of `kind`, not built yet. Ray would give each one thread: it is told here."""
     threads = spec.threads or max(1, cores() // spec.workers)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if not gpus_per_worker:
+        environment |= learner_environment()
     remote = ray.remote(kind)
     options = remote.options(num_cpus=0, num_gpus=gpus_per_worker, runtime_env={"env_vars": environment})
     return [options.remote() for _ in range(spec.workers)]

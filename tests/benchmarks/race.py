@@ -23,6 +23,8 @@ from flops import Lengths, matmul_peak, plain_tokens, shape_of, step_flops
 from rows import Row, write_rows
 from turns import Contender, Said, cores
 
+from online_dpo.backends.allocator import learner_environment
+
 ROUND_PAIRS = 64
 """Pairs of a round, over whose steps the learner's check of the engine's log-probs is spread."""
 
@@ -100,7 +102,9 @@ def contenders(race: Race) -> Iterator[tuple[dict[str, Contender], dict[str, Con
         ours, theirs = {}, {}
         for layout in race.layouts:
             settings = common | {"layout": layout, "tokens_per_pass": race.tokens_per_pass}
-            ours[our_name(layout)] = stack.enter_context(Contender(layout, "our_step.py", settings))
+            # As the product starts a learner's process.
+            environment = {} if torch.cuda.is_available() else learner_environment()
+            ours[our_name(layout)] = stack.enter_context(Contender(layout, "our_step.py", settings, environment))
         for variant in race.variants:
             kind, _, micro = variant.partition(":")
             settings = common | {"variant": kind, "micro": int(micro or race.trl_micro)}
