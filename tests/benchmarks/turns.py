@@ -104,7 +104,7 @@ class Floor:
             os._exit(0)
 
     def tell(self, said: Mapping[str, float]) -> None:
-        """This turn is done. Memory that is free inside this process goes back, since others need it now."""
+        """This turn is done."""
         print(json.dumps(said), file=self.out, flush=True)
 
 
