@@ -5,6 +5,7 @@
     RUN/experiment.yaml                     the resolved experiment
     RUN/manifest.json                       model, prompts and software, by digest; the initial policy's probe
     RUN/prompts.parquet                     all prompts, tokenised, with their split
+    RUN/verdicts.sqlite, logps.sqlite       what judges said; references' log-probs that no engine stored
     RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
         round.json                          source, reference and prompts: pinned before anything is sampled
         candidates|verdicts|pairs|held_out.parquet, audit.json, audit.png, audit.svg, policy/
