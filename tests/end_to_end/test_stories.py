@@ -72,6 +72,7 @@ def test_layout(outcome: Outcome) -> None:
         "prompts.parquet",
         "initial.json",
         "verdicts.sqlite",
+        "logps.sqlite",
         "arms",
         ".lock",
     }
