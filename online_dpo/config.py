@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from online_dpo.dpo_spec import DPOSpec as DPOSpec  # noqa: PLC0414 - a section of the experiment like the others
 from online_dpo.errors import ConfigError, nearest
+from online_dpo.source_spec import DatasetSpec, Source, SourceSpec, parts_of, source_kind
 from online_dpo.spec import DOTTED, Fraction, Positive, Spec
 
-UNION_MEMBERS = ("EverySpec", "ReferenceSpec", "LossSpec")
+UNION_MEMBERS = ("SourceSpec", "ReferenceSpec", "LossSpec")
 """Sections that are one of several forms of a key: pydantic names them where a fault lies, users do not."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -111,10 +113,16 @@ class LoraSpec(Spec):
     serve: Literal["merged", "adapter"] = "merged"
 
 
-class EverySpec(Spec):
-    """Source refreshed every k rounds (semi-online)."""
+class RlooSpec(Spec):
+    """REINFORCE leave-one-out: the policy-gradient baseline beside DPO."""
 
-    every: Positive
+    kl: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.05, description="β: the reward is score − β·log(π/π_ref) of the whole answer"
+    )
+    clip: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=10.0, description="an answer weighs π/μ, at most this, since later steps of a round are off-policy"
+    )
+    standardise: bool = Field(default=False, description="scores are divided by their standard deviation in the round")
 
 
 class ReferenceSpec(Spec):
@@ -130,7 +138,13 @@ class ArmSettings(Spec):
     """All that may differ between arms."""
 
     rounds: Positive = 1
-    source: Literal["current", "initial"] | EverySpec = "current"
+    algorithm: Literal["dpo", "rloo"] = Field(
+        default="dpo",
+        description="rloo: REINFORCE leave-one-out on the judge's scores (Ahmadian et al. 2024), by the same engine, "
+        "judge and prompts; optimiser keys are those of `dpo`, whose batch_size then counts prompts",
+    )
+    rloo: RlooSpec = RlooSpec()
+    source: Source = Field(default="current", description="where pairs come from; README lists the forms")
     reference: Literal["prior", "initial"] | ReferenceSpec = Field(
         default="prior", description="prior: the policy that the round began with"
     )
@@ -150,6 +164,20 @@ class ArmSettings(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rloo_has_groups(self) -> ArmSettings:
+        if self.algorithm != "rloo":
+            return self
+        if source_kind(self.source) not in ("current", "initial", "every"):
+            raise ValueError(
+                "algorithm: rloo learns from all answers of a policy's sample: source current, initial or every"
+            )
+        if self.sampling.n < 2:
+            raise ValueError(
+                "algorithm: rloo compares an answer with the others of its prompt: sampling.n of 2 or more"
+            )
+        return self
+
     @field_validator("reference")
     @classmethod
     def _one_rule(cls, value: str | ReferenceSpec) -> str | ReferenceSpec:
@@ -162,11 +190,40 @@ class EvaluationSpec(Spec):
     """Held-out measuring after every round; one answer a prompt, the same seeds in every round and arm."""
 
     judge: JudgeSpec | None = Field(default=None, description="default: each arm's own judge")
+    gold: JudgeSpec | None = Field(
+        default=None, description="a judge that training never sees, scored beside the first"
+    )
+    pairs: DatasetSpec | None = Field(
+        default=None, description="preference pairs by people: how often the policy ranks them as they did"
+    )
+    off_policy: Annotated[int, Field(ge=0)] = Field(
+        default=32, description="pairs of a round on which off-policyness and displacement are measured; 0: none"
+    )
     against: Literal["initial"] = "initial"
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_tokens: Positive | None = Field(default=None, description="default: sampling.max_tokens")
     show: Annotated[int, Field(ge=0)] = Field(default=3, description="answers printed before and after")
+
+
+class SftSpec(Spec):
+    """Supervised fine-tuning before the first round: its result is the initial policy of every arm."""
+
+    dataset: DatasetSpec
+    on: Literal["chosen", "both"] = Field(default="chosen", description="both: the rejected answers too")
+    lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    batch_size: Positive = 32
+    epochs: Positive = 1
+    warmup: Fraction = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class TrackingSpec(Spec):
+    """Where figures are written beside the run folder."""
+
+    tensorboard: bool = Field(default=False, description="event files in RUN/tensorboard")
+    wandb: str | None = Field(default=None, description="a Weights & Biases project")
+    mlflow: str | None = Field(default=None, description="an MLflow experiment; its server by MLFLOW_TRACKING_URI")
 
 
 class BudgetSpec(Spec):
@@ -245,6 +302,7 @@ class Experiment(ArmSettings):
     trust_remote_code: bool = False
     prompts: PromptsSpec
     lora: LoraSpec | None = None
+    sft: SftSpec | None = None
     arms: dict[str, dict[str, Any] | None] = Field(default_factory=_one_arm)
     evaluation: EvaluationSpec = EvaluationSpec()
     audit: AuditSpec = AuditSpec()
@@ -256,6 +314,10 @@ class Experiment(ArmSettings):
     engine: EngineSpec = EngineSpec()
     learner: LearnerSpec = LearnerSpec()
     keep: Literal["all", "last", "best"] = Field(default="all", description="which policies stay on disk")
+    select: Literal["last", "best", "best_gold"] = Field(
+        default="last", description="the round that stands for an arm: the last, or the best held-out or gold reward"
+    )
+    tracking: TrackingSpec = TrackingSpec()
     output: str = Field(default="runs", description="the run folder is output/name")
 
     @field_validator("name")
@@ -284,7 +346,24 @@ class Experiment(ArmSettings):
             self.arm(name)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
+        self._streams()
         return self
+
+    def _streams(self) -> None:
+        """A stream of this run names another arm, and no two arms wait for each other."""
+        for name in self.arms:
+            seen = [name]
+            while (after := self.streamed(seen[-1])) is not None:
+                if after not in self.arms:
+                    raise ValueError(f"arms.{seen[-1]}.source.stream: no arm '{after}'{nearest(after, self.arms)}")
+                if after in seen:
+                    raise ValueError(f"arms.{name}.source.stream: {' waits for '.join([*seen, after])}")
+                seen.append(after)
+
+    def streamed(self, name: str) -> str | None:
+        """The arm of this run whose pairs arm `name` trains on; None where there is none."""
+        found = [part.stream for part in parts_of(self.arm(name).source) if isinstance(part, SourceSpec)]
+        return next((stream for stream in found if stream is not None and ":" not in stream), None)
 
     def arm(self, name: str) -> ArmSettings:
         """The settings of arm `name`: this experiment's, with the arm's keys changed (mappings merge)."""
@@ -296,9 +375,10 @@ class Experiment(ArmSettings):
                 may = ", ".join(ArmSettings.model_fields)
                 raise ConfigError(f"arms.{name}.{key}: '{key}' is one for all arms; an arm may change {may}")
         base = {key: self.model_dump()[key] for key in ArmSettings.model_fields}
-        if "reference" in change:
-            # One rule replaces another: they do not merge.
-            del base["reference"]
+        for key in ("reference", "source"):
+            if key in change:
+                # One rule replaces another: they do not merge.
+                del base[key]
         try:
             return ArmSettings.model_validate(merge(base, change))
         except ValidationError as error:
@@ -415,7 +495,7 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     # Of the members of a union, the one that got furthest into the value is the one that was meant.
     same_key = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
-    first = first if first["type"] == "extra_forbidden" else max(same_key, key=lambda fault: len(fault["loc"]))
+    first = first if first["type"] == "extra_forbidden" else max(same_key, key=_meant)
     # A union adds the member it tried to the location: not a key of the user's.
     location = [str(part) for part in first["loc"] if part not in UNION_MEMBERS and not _is_union_tag(part)]
     where = prefix + ".".join(location)
@@ -434,6 +514,10 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         text = f"{where}: {message}{shown}" if where else message
     rest = len(faults) - 1
     return text + (f" (and {rest} more)" if rest else "")
+
+
+def _meant(fault: ErrorDetails) -> tuple[int, bool]:
+    return len(fault["loc"]), fault["type"] == "value_error"
 
 
 def _is_union_tag(part: int | str) -> bool:

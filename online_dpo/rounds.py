@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from online_dpo.config import ArmSettings, EverySpec, ReferenceSpec
+from online_dpo.config import ArmSettings, ReferenceSpec
 from online_dpo.errors import RunFolderError
 from online_dpo.policies import read_policy
+from online_dpo.source_spec import SourceSpec
 from online_dpo.store import RoundFolder, RunStore
 from online_dpo.types import Policy, Prompt
 
@@ -53,7 +54,7 @@ def source_index(settings: ArmSettings, index: int) -> int:
     """The round whose policy samples round `index` (1-based): current t−1, initial 0, every k: the last refresh."""
     if settings.source == "initial":
         return 0
-    if isinstance(settings.source, EverySpec):
+    if isinstance(settings.source, SourceSpec) and settings.source.every is not None:
         return _last_refresh(settings.source.every, index)
     return index - 1
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from online_dpo.config import EverySpec, Experiment, ReferenceSpec, apply_override, load_experiment, merge
+from online_dpo.config import Experiment, ReferenceSpec, apply_override, load_experiment, merge
 from online_dpo.errors import ConfigError
+from online_dpo.source_spec import SourceSpec
 
 MINIMAL = """\
 name: tiny
@@ -95,7 +96,7 @@ def test_an_empty_arm(load: Load) -> None:
 def test_sources(load: Load) -> None:
     experiment = load("arms: {a: {source: initial}, b: {source: {every: 2}}, c: {}}")
     assert experiment.arm("a").source == "initial"
-    assert experiment.arm("b").source == EverySpec(every=2)
+    assert experiment.arm("b").source == SourceSpec(every=2)
     assert experiment.arm("c").source == "current"
 
 
@@ -140,7 +141,10 @@ def test_no_such_arm(load: Load) -> None:
         ("evaluation: {jugde: {use: 'a:B'}}", "unknown key 'evaluation.jugde' (did you mean 'judge'?)"),
         ("lora: {rnak: 8}", "unknown key 'lora.rnak' (did you mean 'rank'?)"),
         ("learner: {zzz: 8}", "unknown key 'learner.zzz'; known: workers, parallel,"),
-        ("arms: {a: {model: other}}", "arms.a.model: 'model' is one for all arms; an arm may change rounds, source,"),
+        (
+            "arms: {a: {model: other}}",
+            "arms.a.model: 'model' is one for all arms; an arm may change rounds, algorithm,",
+        ),
     ],
 )
 def test_unknown_keys_name_the_nearest_right_one(load: Load, added: str, says: str) -> None:

@@ -1,0 +1,23 @@
+"""Pairs from answers that a policy of the arm samples for the round: the current one, the initial one, an older one."""
+
+from __future__ import annotations
+
+from online_dpo.arms import Arm
+from online_dpo.judge_stage import audit_round, judge_round
+from online_dpo.pair_stage import pair_round
+from online_dpo.records import read_candidates, read_verdicts
+from online_dpo.rounds import Pinned
+from online_dpo.sample_stage import sample_round
+from online_dpo.sources.round_data import RoundData
+from online_dpo.store import RoundFolder
+
+
+def gather_fresh(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
+    """Sample from the round's source, judge, audit the judge, pair."""
+    sample = sample_round(arm, folder, pinned)
+    candidates = read_candidates(folder.path / "candidates.parquet")
+    judge = judge_round(arm, folder, pinned, candidates, sample)
+    verdicts = read_verdicts(folder.path / "verdicts.parquet")
+    audit = audit_round(arm, folder, pinned, candidates, sample)
+    pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
+    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair)
