@@ -51,7 +51,7 @@ def run_arm(arm: Arm) -> None:
 def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     """One round, stage by stage; a stage that is done already is read, not done again."""
     data = gather(arm, folder, pinned)
-    train = train_round(arm, folder, pinned, data.candidates, data.pair)
+    train = train_round(arm, folder, pinned, data)
     policy = arm.policies.at(folder.index)
     evaluate = evaluate_policy(arm, folder, policy, pinned.reference)
     done = [folder.done("reference"), *data.records, train, evaluate]
@@ -59,7 +59,7 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     folder.close(
         {
             **_identity(arm, folder.index, policy),
-            "source": _ref(pinned.source),
+            "source": None if data.sampled_by is None else _ref(data.sampled_by),
             "reference": _ref(pinned.reference),
             "held_out": held_out_figures(arm, folder),
             "sample": data.sample.info,

@@ -46,7 +46,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """One round's training: `policy` on `pairs` against `reference`; `source` sampled the pairs.
+    """One round's training: `policy` on `pairs` against `reference`.
+
+    `source` sampled all answers of the pairs, and their stored log-probs are its own; None where several policies did,
+    or people: then the stored ones serve nothing that needs the reference's.
 
     The trained policy is saved into the folder `out` as `policy_id`. `seed`: of the order of the pairs and of fresh
     adapters. `folders`: where a loss of the user's own lies. `cache`: the file with log-probs of references.
@@ -55,7 +58,7 @@ class TrainJob:
 
     policy: Policy
     reference: Policy
-    source: Policy
+    source: Policy | None
     pairs: tuple[Pair, ...]
     dpo: DPOSpec
     policy_id: str
@@ -64,6 +67,11 @@ class TrainJob:
     folders: tuple[Path, ...] = ()
     cache: Path | None = None
     checkpoint: Path | None = None
+
+    @property
+    def drawn_from_reference(self) -> bool:
+        """Whether the pairs' stored log-probs are the reference's."""
+        return self.source is not None and self.source.digest == self.reference.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +100,15 @@ class TrainStep:
 class TrainStart:
     """What is known before the first step.
 
-    `engine_gap_token`/`engine_gap_sequence`: largest |stored − learner| log-prob difference per token and
-    per sequence on a sample of the pairs, at the source's own weights. `reference_from` says where the reference's
-    log-probs came from: "engine" (stored at sampling), "cache" (computed before), "learner" (one pass without
-    gradients) or "none" (a loss without a reference).
+    `engine_gap_token`/`engine_gap_sequence`: largest |stored − learner| log-prob difference per token and per sequence
+    on a sample of the pairs, at the source's own weights; None where no one policy sampled them. `reference_from` says
+    where the reference's log-probs came from: "engine" (stored at sampling), "cache" (computed before), "learner" (one
+    pass without gradients) or "none" (a loss without a reference).
     """
 
     reference_from: str
-    engine_gap_token: float
-    engine_gap_sequence: float
+    engine_gap_token: float | None
+    engine_gap_sequence: float | None
 
 
 class Learner(Protocol):

@@ -122,7 +122,7 @@ class SourceSpec(Spec):
     @model_serializer(mode="wrap")
     def _own_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What the kind reads, and nothing of the others."""
-        return {key: value for key, value in dump(self).items() if self.kind in (key, EXTRAS.get(key))}
+        return {key: value for key, value in dump(self).items() if key == self.kind or EXTRAS.get(key) == self.kind}
 
     @property
     def kind(self) -> str:

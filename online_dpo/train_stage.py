@@ -16,13 +16,12 @@ from online_dpo.protocols import TrainJob, TrainStart, TrainStep
 from online_dpo.records import read_pairs
 from online_dpo.rounds import Pinned
 from online_dpo.seeds import derive_seed
+from online_dpo.sources.round_data import RoundData
 from online_dpo.store import RoundFolder, StageRecord
-from online_dpo.types import Candidate, Pair
+from online_dpo.types import Pair
 
 
-def train_round(
-    arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], pair: StageRecord
-) -> StageRecord:
+def train_round(arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundData) -> StageRecord:
     """The policy that the round's pairs make of its starting policy."""
     seed = derive_seed(arm.seed, "train", folder.index)
     dpo = arm.settings.dpo
@@ -32,7 +31,7 @@ def train_round(
         return TrainJob(
             policy=pinned.start,
             reference=pinned.reference,
-            source=pinned.source,
+            source=data.sampled_by,
             pairs=pairs,
             dpo=dpo,
             policy_id=f"{arm.name}/seed_{arm.seed}/round_{folder.index:02d}",
@@ -45,9 +44,9 @@ def train_round(
 
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
-        pairs = read_pairs(folder.path / "pairs.parquet", prompts, candidates)
+        pairs = read_pairs(folder.path / "pairs.parquet", prompts, data.candidates)
         if not pairs:
-            raise TrainingError(f"round {folder.index} has no pairs to train on (dropped: {pair.info['dropped']})")
+            raise TrainingError(f"round {folder.index} has no pairs to train on (dropped: {data.pair.info['dropped']})")
         arm.run.engine.rest()
         began = time.perf_counter()
         starts: list[TrainStart] = []
@@ -66,9 +65,9 @@ def train_round(
     inputs = {
         "policy": pinned.start.digest,
         "reference": pinned.reference.digest,
-        "source": pinned.source.digest,
-        "pairs": pair.outputs["pairs.parquet"],
-        "candidates": pair.inputs["candidates"],
+        "source": "" if data.sampled_by is None else data.sampled_by.digest,
+        "pairs": data.pair.outputs["pairs.parquet"],
+        "candidates": data.pair.inputs["candidates"],
         "dpo": digest_json(dpo.model_dump()),
         "seed": str(seed),
         **_own_loss(arm),

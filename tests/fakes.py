@@ -131,8 +131,9 @@ class FakeLearner:
     def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
         policy, reference, source, pairs, dpo = job.policy, job.reference, job.source, job.pairs, job.dpo
         policy_id, out, seed = job.policy_id, job.out, job.seed
-        self.calls.append(("train", policy_id, policy.digest, reference.digest, source.digest, list(pairs), seed))
-        yield TrainStart("engine" if reference.digest == source.digest else "learner", 1e-6, 2e-6)
+        drawn = source and source.digest
+        self.calls.append(("train", policy_id, policy.digest, reference.digest, drawn, list(pairs), seed))
+        yield TrainStart("engine" if job.drawn_from_reference else "learner", 1e-6, 2e-6)
         steps = -(-len(pairs) // dpo.batch_size)
         for number in range(1, steps + 1):
             if self.stop(policy_id) and number == steps:
@@ -143,7 +144,7 @@ class FakeLearner:
             )  # fmt: skip
         tokens = [(pair.prompt.id, pair.chosen.token_ids, pair.rejected.token_ids) for pair in pairs]
         # Its digest must not depend on the name: two arms with the same inputs train the same policy.
-        yield fake_policy(out, policy_id, policy.digest, reference.digest, source.digest, tokens, dpo, seed)
+        yield fake_policy(out, policy_id, policy.digest, reference.digest, drawn, tokens, dpo, seed)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         self.calls.append(("score", policy.digest, [candidate.prompt_id for _, candidate in items]))

@@ -270,6 +270,8 @@ def test_first_step_of_a_fresh_round(initial: Policy, pairs: list[Pair], tmp_pat
     """The engine's own log-probs serve: loss ln 2, margin 0, within what they differ by from the learner's."""
     start, steps, _ = train(learner_of(initial, lora=lora), pairs, tmp_path / "next")
     assert start.reference_from == "engine"
+    assert start.engine_gap_token is not None
+    assert start.engine_gap_sequence is not None
     assert 0.0 < start.engine_gap_token < 1e-4
     assert 0.0 < start.engine_gap_sequence < 5e-4
     assert steps[0].loss == pytest.approx(LN2, abs=1e-5)
@@ -330,6 +332,7 @@ def test_another_reference_is_computed(initial: Policy, pairs: list[Pair], moved
     """The stored log-probs are the source's: for another reference the learner computes, and no identity is asked."""
     start, [step], _ = train(learner_of(initial), pairs, tmp_path / "next", ONE_STEP, reference=moved())
     assert start.reference_from == "learner"
+    assert start.engine_gap_token is not None
     assert 0.0 < start.engine_gap_token < 1e-4
     assert abs(step.r_w) > 0.1
 

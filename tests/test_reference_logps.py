@@ -119,6 +119,7 @@ def test_without_a_need_there_are_none(job: TrainJob, initial: Policy) -> None:
     with watched(learner.model) as (digests, scored):
         values, start = reference_logps(learner.model, job, 1e-3, needed=False)
     assert (values, start.reference_from) == ([], "none")
+    assert start.engine_gap_token is not None
     assert math.isfinite(start.engine_gap_token)
     assert (digests, scored) == ([initial.digest], [8])
 

@@ -87,7 +87,7 @@ class LocalLearner:
             require_probabilities(
                 torch.tensor([score for p in job.pairs for score in (p.chosen_score, p.rejected_score)])
             )
-        if objective.needs_origin and job.source.digest != job.reference.digest:
+        if objective.needs_origin and not job.drawn_from_reference:
             raise TrainingError(
                 "dpo.xpo_alpha needs answers drawn from the reference: the round's source must be its reference "
                 "(source: current with reference: prior, or source: initial with reference: initial)"
@@ -102,7 +102,7 @@ class LocalLearner:
     def _checkpoint(self, job: TrainJob, objective: Objective) -> RoundCheckpoint | None:
         if self.save_every is None or job.checkpoint is None:
             return None
-        policies = [job.policy.digest, job.reference.digest, job.source.digest]
+        policies = [job.policy.digest, job.reference.digest, job.source and job.source.digest]
         pairs = [
             [p.prompt.token_ids, p.chosen.token_ids, p.rejected.token_ids, p.chosen_score, p.rejected_score]
             for p in job.pairs
@@ -202,7 +202,7 @@ def check_first_step(step: TrainStep, start: TrainStart, expected: float, dpo: D
     packing moves float32 by less. The margin is β·Δ, and the plain loss is no steeper in Δ; other losses and some
     modifiers are, so the margin alone is looked at there. Raises `TrainingError`.
     """
-    gap = start.engine_gap_sequence if start.reference_from == "engine" else 0.0
+    gap = (start.engine_gap_sequence or 0.0) if start.reference_from == "engine" else 0.0
     allowed = dpo.beta * max(4 * gap, 20 * tolerance)
     steeper = dpo.loss != "sigmoid" or dpo.dpop_lambda or dpo.wpo_weight or dpo.importance_clip
     off = not steeper and abs(step.loss - expected) > allowed

@@ -12,7 +12,7 @@ from online_dpo.backends.logp_cache import LogpCache, cache_key
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.packing import Item
 from online_dpo.protocols import TrainJob, TrainStart
-from online_dpo.types import Pair, Policy
+from online_dpo.types import Pair
 
 GAP_SAMPLE = 4
 """Pairs on which the engine's stored log-probs are held against the learner's own, every round."""
@@ -41,10 +41,10 @@ def reference_logps(
     `tolerance` nats a token on a few pairs. Without `needed` (a loss without a reference) there are none.
     """
     # Every worker must take the same branch: beside the tolerance, their rounding could differ.
-    gap_token, gap_sequence = from_first(_engine_gap(model, job.source, job.pairs))
+    gap_token, gap_sequence = from_first(_engine_gap(model, job))
     if not needed:
         return [], TrainStart("none", gap_token, gap_sequence)
-    if job.reference.digest == job.source.digest and gap_token <= tolerance:
+    if job.drawn_from_reference and gap_token is not None and gap_token <= tolerance:
         return stored_logps(job.pairs), TrainStart("engine", gap_token, gap_sequence)
     values, found = _cached(model, job)
     half = len(job.pairs)
@@ -52,9 +52,15 @@ def reference_logps(
     return list(zip(values[:half], values[half:], strict=True)), TrainStart(origin, gap_token, gap_sequence)
 
 
-def _engine_gap(model: PolicyModel, source: Policy, pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Largest |engine − learner| log-prob at the source's own weights, a token and a sequence, on a few pairs."""
-    model.load(source)
+def _engine_gap(model: PolicyModel, job: TrainJob) -> tuple[float, float] | tuple[None, None]:
+    """Largest |engine − learner| log-prob at the source's own weights, a token and a sequence, on a few pairs.
+
+    None where no one policy sampled the pairs.
+    """
+    if job.source is None:
+        return None, None
+    pairs = job.pairs
+    model.load(job.source)
     sample = min(GAP_SAMPLE, len(pairs))
     spread = [pairs[i * len(pairs) // sample] for i in range(sample)]
     theirs = [pair.chosen.logprobs for pair in spread] + [pair.rejected.logprobs for pair in spread]

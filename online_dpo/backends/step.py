@@ -45,7 +45,7 @@ class StepLoss:
         self.beta = job.dpo.beta
         self.objective = objective
         self.reference = reference
-        self.from_reference = job.source.digest == job.reference.digest
+        self.from_reference = job.drawn_from_reference
         self.units = [items_of([pair]) for pair in self.pairs]
         self.costs = [tokens_of(unit, packed=model.forward.packed) for unit in self.units]
 

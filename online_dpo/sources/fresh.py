@@ -20,4 +20,4 @@ def gather_fresh(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
     verdicts = read_verdicts(folder.path / "verdicts.parquet")
     audit = audit_round(arm, folder, pinned, candidates, sample)
     pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair)
+    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair, pinned.source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from online_dpo.store import StageRecord
-from online_dpo.types import Abstain, Candidate, Verdict
+from online_dpo.types import Abstain, Candidate, Policy, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class RoundData:
     judge: StageRecord
     audit: StageRecord | None
     pair: StageRecord
+    sampled_by: Policy | None
+    """The one policy that sampled all answers, with stored log-probs; None where there is no such policy."""
 
     @property
     def records(self) -> list[StageRecord | None]:

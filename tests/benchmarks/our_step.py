@@ -94,6 +94,7 @@ def in_file_order(pairs: Sequence[Pair], dpo: DPOSpec) -> list[Pair]:
 def _particulars(event: object) -> turns.Said:
     """What tells whether two layouts compute the same."""
     if isinstance(event, TrainStart):
+        assert event.engine_gap_token is not None  # the pairs are the initial policy's own
         return {"engine_gap_token": event.engine_gap_token}
     assert isinstance(event, TrainStep)
     return {"loss": event.loss, "grad_norm": event.grad_norm}
