@@ -51,13 +51,7 @@ class ShareSpec(Spec):
 KINDS = ("every", "every_steps", "refresh_when", "dataset", "spin", "stream", "history", "mixture")
 """The keys of `SourceSpec` that say where pairs come from; exactly one is given."""
 
-EXTRAS = {
-    "relabel": ("dataset",),
-    "match": ("dataset",),
-    "order": ("stream",),
-    "take": ("stream",),
-    "decay": ("history",),
-}
+EXTRAS = {"relabel": "dataset", "match": "dataset", "order": "stream", "take": "stream", "decay": "history"}
 """Keys that only one kind reads, and which."""
 
 
