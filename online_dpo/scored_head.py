@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from online_dpo.matmul import times, times_transposed
+from online_dpo.vocabulary_gradients import memory_of
 
 CHUNK_BYTES = 64 * 2**20
 """float32 logits that exist at once."""
@@ -35,7 +36,14 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None, going_back: bool
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cap: float | None,
+        going_back: bool,
+        memory: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         keeping = rows * (KEPT_BYTES // CHUNK_BYTES) if cap is None and going_back else 0
@@ -55,7 +63,7 @@ class _Scored(torch.autograd.Function):
             # Or this chunk would still be there beside the next.
             del z, p
         ctx.save_for_backward(h, weight, bias, targets, *kept)
-        ctx.cap, ctx.rows = cap, rows
+        ctx.cap, ctx.rows, ctx.memory = cap, rows, memory
         ctx.mark_non_differentiable(collisions)
         return logps, collisions
 
@@ -65,7 +73,7 @@ class _Scored(torch.autograd.Function):
         want_h, want_weight, want_bias = ctx.needs_input_grad[:3]
         narrow = weight.to(h.dtype)
         of_h = torch.empty_like(h) if want_h else None
-        of_weight: Tensor | None = None
+        of_weight: Tensor | None = ctx.memory
         of_bias = torch.zeros_like(bias) if want_bias else None
         for number, start in enumerate(range(0, h.shape[0], ctx.rows)):
             part = slice(start, start + ctx.rows)
@@ -77,7 +85,7 @@ class _Scored(torch.autograd.Function):
             if of_h is not None:
                 of_h[part] = times(of_u, narrow)
             if want_weight:
-                # The first chunk's product is the gradient's own memory; the others are added in place.
+                # Without memory laid out for it, the first chunk's product is it; the others are added in place.
                 if of_weight is None:
                     of_weight = (of_u.t() @ h[part]).to(weight.dtype)
                 elif of_weight.dtype == h.dtype:
@@ -85,7 +93,7 @@ class _Scored(torch.autograd.Function):
                 else:
                     of_weight += of_u.t() @ h[part]
             del p, of_u
-        return of_h, of_weight, of_bias, None, None, None
+        return of_h, None if ctx.memory is not None else of_weight, of_bias, None, None, None, None
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
@@ -130,4 +138,5 @@ def scored(h: Tensor, head: nn.Linear, targets: Tensor, cap: float | None = None
         h = h.to(torch.get_autocast_dtype(h.device.type))
     # Inside the function gradients are always off, and its inputs ask for them even where nobody will.
     going_back = torch.is_grad_enabled()
-    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap, going_back))  # type: ignore[no-untyped-call]
+    memory = memory_of(head.weight) if h.dtype == head.weight.dtype else None
+    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap, going_back, memory))  # type: ignore[no-untyped-call]

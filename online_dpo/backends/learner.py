@@ -125,7 +125,7 @@ class LocalLearner:
             lr = learning_rate(number, len(batches), job.dpo)
             for group in optimiser.param_groups:
                 group["lr"] = lr
-            optimiser.zero_grad(set_to_none=True)
+            self.model.clear_gradients(optimiser)
             sums = loss.backward(batch, progress.delta)
             norm = self._gradient_norm(job.dpo)
             step = reported(sums, len(batch), number + 1, len(batches), norm, lr)

@@ -22,6 +22,7 @@ from online_dpo.models import digest_folder, load_tokenizer
 from online_dpo.packing import Item
 from online_dpo.passes import fill
 from online_dpo.types import Policy, Probe
+from online_dpo.vocabulary_gradients import embed_in_place, lay_out
 
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 """Enough tokens to keep the arithmetic units busy; more would only need more memory."""
@@ -71,6 +72,7 @@ class PolicyModel:
             model.train()
         if self.device.type == "cpu":
             quicken(model)
+            embed_in_place(model)
         if self.sharded:
             # From the host's memory layer by layer: no GPU ever holds the whole model.
             sharding.shard(model, self.device, self.world)
@@ -84,6 +86,12 @@ class PolicyModel:
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that training moves."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def clear_gradients(self, optimiser: torch.optim.Optimizer) -> None:
+        """Before a step's first pass."""
+        optimiser.zero_grad(set_to_none=True)
+        if not self.sharded:
+            lay_out(self.model)
 
     def rest(self) -> None:
         """Move the weights to the host's memory until the next `load`, leaving the GPU to the engine.
