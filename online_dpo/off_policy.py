@@ -213,8 +213,9 @@ def over_prompts(
             return Interval(figure, math.nan, math.nan, count)
         random = np.random.default_rng(seed)
         at_once = max(1, CHUNK // count)
+        even = np.full(count, 1 / count)
         drawn = [
-            statistic(random.multinomial(min(at_once, RESAMPLES - done), np.full(count, 1 / count)) @ sums)
+            statistic(random.multinomial(count, even, min(at_once, RESAMPLES - done)) @ sums)
             for done in range(0, RESAMPLES, at_once)
         ]
     # A resample of answers whose weights all underflow beside the largest has no figure.
