@@ -17,6 +17,7 @@ from online_dpo.commands.judge_ask import judge_ask
 from online_dpo.commands.judge_audit import judge_audit
 from online_dpo.commands.judge_fit import judge_fit
 from online_dpo.commands.judge_train import judge_train
+from online_dpo.commands.watch import watch
 from online_dpo.config import Experiment, load_experiment
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed i
 
 
 app.command("init")(init)
+app.command("watch")(watch)
 
 
 @app.command()
@@ -114,6 +116,7 @@ def show(folder: RunFolder, debug: Debug = False) -> None:
 def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
     """Run what is left, print the tables, and exit with 1 when training stopped an arm."""
     from online_dpo.display import clean, make_console, make_progress
+    from online_dpo.display.progress_file import RecordedProgress
     from online_dpo.runs import execute, finished
 
     console = make_console()
@@ -124,7 +127,7 @@ def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
             if finished(store):
                 console.print("this run is finished; nothing to do", markup=False)
             else:
-                with make_progress(quiet, make_console(stderr=True)) as progress:
+                with RecordedProgress(make_progress(quiet, make_console(stderr=True)), store.root) as progress:
                     stopped = execute(store, model, progress)
     except KeyboardInterrupt:
         console.print(f"stopped; go on with: online-dpo resume {store.root}", markup=False, soft_wrap=True)

@@ -38,7 +38,7 @@ class _Stage:
         if rate > 0:
             parts.append(f"{rate:.{1 if rate >= 1 else 3}f}/s")
             if not finished:
-                parts.append(f"{_clock((self.total - self.done) / rate)} left")
+                parts.append(f"{clock_time((self.total - self.done) / rate)} left")
         if self.note:
             parts.append(self.note)
         return f"{self.label}: {', '.join(parts)}"
@@ -179,6 +179,7 @@ def make_progress(quiet: bool, console: Console) -> QuietProgress:
     return RichProgress(console) if console.is_terminal else PlainProgress(console)
 
 
-def _clock(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """`minutes:seconds`, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
