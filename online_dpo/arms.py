@@ -13,6 +13,7 @@ from online_dpo.judging import AskedJudge, Asking, Judge, LiveModel, Place, Verd
 from online_dpo.protocols import Engine, Learner, Progress
 from online_dpo.rounds import ArmPolicies
 from online_dpo.store import RoundFolder, RunStore
+from online_dpo.tracking import Tracking
 from online_dpo.types import Policy, Prompt
 
 
@@ -33,6 +34,7 @@ class Run:
     place_judge: Place | None = None
     live_model: Callable[[], LiveModel] | None = None
     """The engine as something to talk to, for judges that ask the policy."""
+    tracking: Tracking | None = None
     _judges: dict[str, AskedJudge] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
     _processes: dict[str, Judge] = field(default_factory=dict)

@@ -39,12 +39,14 @@ def run_arm(arm: Arm) -> None:
     start = arm.folder(0)
     if not start.closed:
         start.close(_measure_initial(arm, start))
+    _track(arm, 0)
     for index in range(1, arm.settings.rounds + 1):
         folder = arm.folder(index)
         if not folder.closed:
             average_reference(arm, folder)
             run_round(arm, folder, pin(folder, arm.policies, arm.settings, round_prompts(arm, index)))
         # Closed rounds too: the process may have been killed after closing one and before this.
+        _track(arm, index)
         _discard(arm, index)
 
 
@@ -92,6 +94,12 @@ def _identity(arm: Arm, index: int, policy: Policy) -> dict[str, Any]:
 
 def _ref(policy: Policy) -> dict[str, str]:
     return {"id": policy.id, "digest": policy.digest}
+
+
+def _track(arm: Arm, index: int) -> None:
+    """Give the rounds up to `index` to the trackers; those that they have are not written again."""
+    if arm.run.tracking is not None:
+        arm.run.tracking.closed(arm.folder(past).metrics for past in range(index + 1))
 
 
 def _discard(arm: Arm, index: int) -> None:

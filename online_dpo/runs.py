@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ from online_dpo.prompts import PromptSet, load_prompts
 from online_dpo.protocols import Learner, Progress
 from online_dpo.records import read_prompts, write_prompts
 from online_dpo.store import RunStore, changed_keys
+from online_dpo.tracking import missing_clients, open_tracking
 from online_dpo.types import Policy, Probe, Prompt
 
 PROBE_TOKENS = 64
@@ -68,6 +69,7 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
     prompts = load_prompts(experiment.prompts, tokenizer, folders=[folder])
     check_losses(experiment, folder)
+    missing_clients(experiment.tracking)
     return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder))
 
 
@@ -217,6 +219,7 @@ def _live(
     if len(probe_ids) < 2:
         probe_ids = max((prompt.token_ids for prompt in train), key=len)[-PROBE_TOKENS:]
     with (
+        open_tracking(experiment, store.root, progress.say) or nullcontext() as tracking,
         start_backends(
             experiment,
             bare,
@@ -239,6 +242,7 @@ def _live(
             cache=cache,
             place_judge=backends.place_judge,
             live_model=lambda: EngineModel(backends.engine, tokenizer, length),
+            tracking=tracking,
         )
 
 

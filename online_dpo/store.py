@@ -35,7 +35,7 @@ from online_dpo.config import Experiment, flatten, validate_experiment
 from online_dpo.errors import RunFolderError, one_line
 from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
 
-FORMAT = 3
+FORMAT = 4
 MAY_CHANGE = frozenset(
     {
         "output",
@@ -45,6 +45,9 @@ MAY_CHANGE = frozenset(
         "judge_budget.tokens",
         "judge_budget.calls",
         "learner.save_every",
+        "tracking.tensorboard",
+        "tracking.wandb",
+        "tracking.mlflow",
     }
 )
 """Keys that a resumed experiment may change: they decide nothing about the results."""
