@@ -7,26 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.arms import Arm
-from online_dpo.config import ArmSettings, Experiment, SamplingSpec
+from online_dpo.config import ArmSettings, EvaluationSpec, Experiment, JudgeSpec, SamplingSpec
 from online_dpo.errors import RunFolderError
 from online_dpo.files import digest_json
 from online_dpo.judging import AskedJudge, compares, judge_against, judge_all
 from online_dpo.measure import summarise_held_out
 from online_dpo.records import HeldOutAnswer, read_held_out, write_held_out
 from online_dpo.sample_stage import generate, prompts_digest
+from online_dpo.scoring import score_answers
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.types import Abstain, Candidate, Policy, Verdict
 
-SCORED_AT_ONCE = 32
-"""Answers a call when the learner scores held-out answers: enough to batch well, few enough to show progress."""
-
 
 def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy, reference: Policy | None) -> StageRecord:
-    """One answer to every held-out prompt, its score, and its log-probs under the initial policy and under the
-    reference of the round that trained `policy` (None: no round did)."""
+    """One answer to every held-out prompt, its score and the gold judge's, and its log-probs under the initial policy
+    and under the reference of the round that trained `policy` (None: no round did)."""
     experiment = arm.run.experiment
-    spec = experiment.evaluation_judge(arm.name)
+    spec, gold = experiment.evaluation_judge(arm.name), experiment.evaluation.gold
     sampling = held_out_sampling(experiment, arm.settings)
 
     def produce(out: Path) -> dict[str, Any]:
@@ -36,31 +34,49 @@ def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy, reference: Po
         seeds = [(derive_seed(arm.seed, "held_out", prompt.id),) for prompt in arm.run.held_out]
         label = f"round {folder.index} evaluate"
         answers, figures = generate(arm, label, arm.run.held_out, seeds, sampling)
-        asked = arm.run.judge(spec, arm.settings.comparing)
-        asked.take_ledger()
-        verdicts = _held_out_verdicts(arm, folder, asked, answers)
+        verdicts, ledger = _judged(arm, folder, spec, answers)
+        golden, gold_ledger = (None, None) if gold is None else _judged(arm, folder, gold, answers)
         initial = _logprobs(arm, f"{label}, KL", arm.run.initial, policy, answers)
         referred = initial
         if reference is not None and reference.digest != arm.run.initial.digest:
             referred = _logprobs(arm, f"{label}, KL to the reference", reference, policy, answers)
-        rows = _rows(answers, verdicts, initial, None if reference is None else referred)
+        rows = _rows(answers, verdicts, golden, initial, None if reference is None else referred)
         write_held_out(out / "held_out.parquet", rows)
-        return {**figures, "ledger": asked.take_ledger()}
+        return {**figures, "ledger": ledger, **({} if gold_ledger is None else {"gold_ledger": gold_ledger})}
 
     inputs = {
         "policy": policy.digest,
         "prompts": prompts_digest(arm.run.held_out),
         "sampling": digest_json(sampling.model_dump()),
-        "judge": arm.run.judge_digest(spec),
         "max_abstain": str(arm.settings.max_abstain),
         "seed": str(arm.seed),
         "engine": arm.run.engine.kind,
+        **_judge_inputs(arm, folder, spec, gold),
     }
     if reference is not None:
         inputs["reference"] = reference.digest
-    if folder.index and compares(spec, arm.run.judge_folders):
-        inputs["against"] = _initial_record(arm).outputs["held_out.parquet"]
     return folder.stage("evaluate", inputs, ["held_out.parquet"], produce)
+
+
+def _judge_inputs(arm: Arm, folder: RoundFolder, spec: JudgeSpec, gold: JudgeSpec | None) -> dict[str, str]:
+    """What decides the scores, beside the answers."""
+    inputs = {"judge": arm.run.judge_digest(spec)}
+    if gold is not None:
+        inputs["gold"] = arm.run.judge_digest(gold)
+    judges = [one for one in (spec, gold) if one is not None]
+    if folder.index and any(compares(one, arm.run.judge_folders) for one in judges):
+        inputs["against"] = _initial_record(arm).outputs["held_out.parquet"]
+    return inputs
+
+
+def _judged(
+    arm: Arm, folder: RoundFolder, spec: JudgeSpec, answers: Sequence[Candidate]
+) -> tuple[list[Verdict | Abstain], dict[str, float]]:
+    """The verdicts of a judge, and what they cost."""
+    asked = arm.run.judge(spec, arm.settings.comparing)
+    asked.take_ledger()
+    verdicts = _held_out_verdicts(arm, folder, asked, answers)
+    return verdicts, asked.take_ledger()
 
 
 def _held_out_verdicts(
@@ -93,34 +109,31 @@ def _logprobs(
     """`scoring`'s log-probs of the answers: the stored ones where it sampled them, else one pass of the learner."""
     if scoring.digest == sampling.digest:
         return [answer.logprobs for answer in answers]
-    arm.run.engine.rest()
-    items = list(zip(arm.run.held_out, answers, strict=True))
-    logprobs: list[list[float]] = []
-    arm.run.progress.start(f"{arm.label} · {label}", len(items), "answers")
-    for start in range(0, len(items), SCORED_AT_ONCE):
-        scored = arm.run.learner.score(scoring, items[start : start + SCORED_AT_ONCE])
-        logprobs.extend(scored)
-        arm.run.progress.advance(len(scored))
-    arm.run.progress.finish()
-    return logprobs
+    return score_answers(arm, label, scoring, list(zip(arm.run.held_out, answers, strict=True)))
 
 
 def _rows(
     answers: Sequence[Candidate],
     verdicts: Sequence[Verdict | Abstain],
+    golden: Sequence[Verdict | Abstain] | None,
     initial: Sequence[Sequence[float]],
     reference: Sequence[Sequence[float]] | None,
 ) -> list[HeldOutAnswer]:
     return [
         HeldOutAnswer(
             answer,
-            verdict.score if isinstance(verdict, Verdict) else None,
-            verdict.reason if isinstance(verdict, Abstain) else None,
+            *_said(verdicts[place]),
             tuple(initial[place]),
             None if reference is None else tuple(reference[place]),
+            *((None, None) if golden is None else _said(golden[place])),
         )
-        for place, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True))
+        for place, answer in enumerate(answers)
     ]
+
+
+def _said(verdict: Verdict | Abstain) -> tuple[float | None, str | None]:
+    """The score, or the reason why there is none."""
+    return (verdict.score, None) if isinstance(verdict, Verdict) else (None, verdict.reason)
 
 
 def held_out_sampling(experiment: Experiment, settings: ArmSettings) -> SamplingSpec:
@@ -140,17 +153,27 @@ def held_out_figures(arm: Arm, folder: RoundFolder) -> dict[str, Any]:
     arm.folder(0).trust("evaluate")
     initial = read_held_out(arm.folder(0).path / "held_out.parquet")
     reference = [answer.reference_logprobs for answer in current if answer.reference_logprobs is not None]
+    evaluation = arm.run.experiment.evaluation
+    golden = None
+    if evaluation.gold is not None:
+        golden = ([answer.gold_score for answer in current], [answer.gold_score for answer in initial])
     figures = summarise_held_out(
         [answer.candidate for answer in current],
         [answer.score for answer in current],
         [answer.score for answer in initial],
         [answer.initial_logprobs for answer in current],
         reference or None,
+        golden,
     )
     divergences = {"kl_initial", "kl_initial_token", "kl_reference"}
-    evaluation = arm.run.experiment.evaluation
-    unreal = {"reward_change", "win_rate", *divergences} if folder.index == 0 else set()
-    if (evaluation.temperature, evaluation.top_p) != (1.0, 1.0):
-        # KL(θ‖π₀) is a mean over samples of θ itself; these are samples of another distribution.
-        unreal |= divergences
+    changes = {"reward_change", "win_rate", "gold_change", "gold_win_rate"}
+    unreal = changes | divergences if folder.index == 0 else set()
+    if not own_distribution(evaluation):
+        # KL(θ‖π₀) and entropy are means over samples of θ itself; these are samples of another distribution.
+        unreal |= divergences | {"entropy"}
     return {key: None if key in unreal else value for key, value in figures.items()}
+
+
+def own_distribution(sampling: SamplingSpec | EvaluationSpec) -> bool:
+    """Whether answers are drawn from the policy itself: its log-probs are then those of their own distribution."""
+    return (sampling.temperature, sampling.top_p) == (1.0, 1.0)

@@ -1,4 +1,4 @@
-"""The figures of a round, each with an interval: reward, win rate, KL, length, diversity, effective sample size.
+"""The figures of a round, each with an interval: reward, win rate, KL, length, diversity.
 
 Log-probs are natural logarithms, so KL is in nats. One value a prompt is the unit everywhere: intervals are over
 prompts, and say nothing of the spread between training seeds. NumPy alone is needed.
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from online_dpo.self_bleu import self_bleu
 from online_dpo.types import Candidate
 
 RESAMPLES = 2000
@@ -89,9 +90,12 @@ def win_rate(after_scores: ArrayLike, before_scores: ArrayLike, level: float = 0
     return wilson(float(np.mean((after > before) + 0.5 * (after == before))), n, level)
 
 
-def wilson(p: float, n: float, level: float = 0.95) -> Interval:
-    """Wilson's interval of a share `p` in [0, 1] over `n` > 0 values that are independent, or worth so many."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
+def wilson(p: float, n: float, level: float = 0.95, z: float | None = None) -> Interval:
+    """Wilson's interval of a share `p` in [0, 1] over `n` > 0 values that are independent, or worth so many.
+
+    `z`: standard errors that it reaches instead of the normal quantile of `level`.
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2) if z is None else z
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # At p = 0 and p = 1 the bound is p itself but for rounding.
@@ -143,6 +147,16 @@ def effective_sample_size(log_weights: ArrayLike) -> float:
     return float(weights.sum() ** 2 / (logs.size * np.square(weights).sum()))
 
 
+def token_entropy(logps: Logprobs) -> float:
+    """The entropy of the next token, nats, along completions sampled from the policy itself: the mean of −ℓ(t).
+
+    Each token's −ℓ(t) has that position's entropy as its expectation, so no whole distribution is needed. Completions
+    must be sampled at temperature 1 and without top-p. NaN without a token.
+    """
+    values = [logp for row in logps for logp in row]
+    return -math.fsum(values) / len(values) if values else math.nan
+
+
 # --- texts ---
 
 
@@ -179,46 +193,67 @@ def distinct_n(texts: Iterable[str], n: int = 2) -> float:
 
 # --- the held-out summary ---
 
+Scores = Sequence[float | None]
+"""A judge's score of each prompt's answer, None where it abstained."""
+
 
 def summarise_held_out(
     current: Sequence[Candidate],
-    current_scores: Sequence[float | None],
-    initial_scores: Sequence[float | None],
+    current_scores: Scores,
+    initial_scores: Scores,
     initial_logprobs: Logprobs,
     reference_logprobs: Logprobs | None = None,
+    gold: tuple[Scores, Scores] | None = None,
 ) -> dict[str, Any]:
     """The `held_out` figures of one policy, ready for JSON (None for a figure that does not exist).
 
     All arguments have one entry a prompt, in the same order: `current` are the policy's answers with its own
     log-probs, `initial_logprobs` the initial policy's log-probs of the same tokens, `reference_logprobs` those of the
     reference of the policy's round (None: it had none), and the scores the evaluation judge's of the current and of
-    the initial policy's answers, None where it abstained. `abstained` counts the prompts with a None among the two:
-    `reward`, `reward_change` and `win_rate` leave these prompts out, all three, so that they are over the same
-    prompts. KL, length and diversity are over all answers.
+    the initial policy's answers, `gold` those of the gold judge (None: there is none). `abstained` counts the prompts
+    with a None among the two: `reward`, `reward_change` and `win_rate` leave these prompts out, all three, so that they
+    are over the same prompts; so do `gold…` for the gold judge's. KL, length, entropy and diversity are over all
+    answers. `entropy` is in nats a token: the mean of −log π over the tokens of the policy's own answers.
     """
-    columns = (current, current_scores, initial_scores, initial_logprobs)
+    columns = (current, current_scores, initial_scores, initial_logprobs, *(gold or ()))
     if len({len(column) for column in columns}) != 1:
         raise ValueError("answers, scores and log-probs must have one entry a prompt each")
+    scored = _scored(current_scores, initial_scores)
+    golden = dict.fromkeys(scored) if gold is None else _scored(*gold)
+    own = [candidate.logprobs for candidate in current]
+    lengths = length_stats(current)
+    texts = [candidate.text for candidate in current]
+    return {
+        "n": len(current),
+        **scored,
+        "gold": golden["reward"],
+        "gold_change": golden["reward_change"],
+        "gold_win_rate": golden["win_rate"],
+        "gold_abstained": golden["abstained"],
+        "kl_initial": kl_sequence(own, initial_logprobs).as_dict(),
+        "kl_initial_token": _finite(kl_token(own, initial_logprobs)),
+        "kl_reference": None if reference_logprobs is None else kl_sequence(own, reference_logprobs).as_dict(),
+        "entropy": _finite(token_entropy(own)),
+        "length": _finite(lengths.tokens),
+        "ended": _finite(lengths.ended),
+        "distinct_2": _finite(distinct_n(texts, 2)),
+        "self_bleu": _finite(self_bleu(texts)),
+    }
+
+
+def _scored(current: Scores, initial: Scores) -> dict[str, Any]:
+    """How many prompts the judge abstained on, and over all others the mean score, its change and the win rate."""
     scored = [
         (after, before)
-        for after, before in zip(current_scores, initial_scores, strict=True)
+        for after, before in zip(current, initial, strict=True)
         if after is not None and before is not None
     ]
     after, before = [pair[0] for pair in scored], [pair[1] for pair in scored]
-    own = [candidate.logprobs for candidate in current]
-    lengths = length_stats(current)
     return {
-        "n": len(current),
         "abstained": len(current) - len(scored),
         "reward": mean_interval(after).as_dict(),
         "reward_change": paired_change(after, before).as_dict(),
         "win_rate": win_rate(after, before).as_dict(),
-        "kl_initial": kl_sequence(own, initial_logprobs).as_dict(),
-        "kl_initial_token": _finite(kl_token(own, initial_logprobs)),
-        "kl_reference": None if reference_logprobs is None else kl_sequence(own, reference_logprobs).as_dict(),
-        "length": _finite(lengths.tokens),
-        "ended": _finite(lengths.ended),
-        "distinct_2": _finite(distinct_n((candidate.text for candidate in current), 2)),
     }
 
 

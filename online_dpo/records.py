@@ -55,20 +55,25 @@ HELD_OUT = pa.schema(
         ("abstain_reason", pa.string()),
         ("initial_logprobs", pa.list_(pa.float32())),
         ("reference_logprobs", pa.list_(pa.float32())),
+        ("gold_score", pa.float64()),
+        ("gold_abstain_reason", pa.string()),
     ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutAnswer:
-    """A held-out answer, its score (None: abstained, and why), π₀'s log-probs of it and those of the reference of the
-    round that trained the policy (None: no round did)."""
+    """A held-out answer, its score (None: abstained, and why), π₀'s log-probs of it, those of the reference of the
+    round that trained the policy (None: no round did), and the gold judge's score (None without a reason: there is no
+    gold judge)."""
 
     candidate: Candidate
     score: float | None
     abstain_reason: str | None
     initial_logprobs: tuple[float, ...]
     reference_logprobs: tuple[float, ...] | None = None
+    gold_score: float | None = None
+    gold_abstain_reason: str | None = None
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
@@ -198,6 +203,8 @@ def write_held_out(path: Path, answers: Sequence[HeldOutAnswer]) -> None:
             "abstain_reason": answer.abstain_reason,
             "initial_logprobs": answer.initial_logprobs,
             "reference_logprobs": answer.reference_logprobs,
+            "gold_score": answer.gold_score,
+            "gold_abstain_reason": answer.gold_abstain_reason,
         }
         for answer in answers
     ]
@@ -213,6 +220,8 @@ def read_held_out(path: Path) -> list[HeldOutAnswer]:
             row["abstain_reason"],
             tuple(row["initial_logprobs"]),
             None if row["reference_logprobs"] is None else tuple(row["reference_logprobs"]),
+            row["gold_score"],
+            row["gold_abstain_reason"],
         )
         for row in read_rows(path, HELD_OUT)
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fakes import FakeEngine, FakeLearner, Spoken, fake_policy, fake_prompt, logprobs_of
 
-from online_dpo import evaluate_stage
+from online_dpo import scoring
 from online_dpo.arms import Run
 from online_dpo.config import Experiment, validate_experiment
 from online_dpo.errors import JudgeError, RunFolderError
@@ -51,7 +51,9 @@ def experiment(**changes: Any) -> Experiment:
         "arms": TWO_ARMS,
         "audit": {"prompts": 0},
     }
-    return validate_experiment(data | changes, "test")
+    # What off-policyness costs is told in test_off_policy_stage.py.
+    evaluation = {"off_policy": 0} | changes.pop("evaluation", {})
+    return validate_experiment(data | changes | {"evaluation": evaluation}, "test")
 
 
 @pytest.fixture(autouse=True)
@@ -464,7 +466,7 @@ def test_initial_log_probs_are_the_stored_ones_where_it_sampled_and_the_learners
 def test_initial_log_probs_asked_for_in_parts_are_in_the_answers_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_stage, "SCORED_AT_ONCE", 2)
+    monkeypatch.setattr(scoring, "SCORED_AT_ONCE", 2)
     world = World(tmp_path / "run", experiment(arms={"a": {}}, rounds=1)).go()
     assert [call[1] for call in world.asked("score")] == [["held-0", "held-1"], ["held-2"]]
     answers = read_held_out(world.folder("a", 1).path / "held_out.parquet")
