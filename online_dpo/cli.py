@@ -12,6 +12,7 @@ import typer
 
 import online_dpo
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
+from online_dpo.commands.export import export
 from online_dpo.commands.init import init
 from online_dpo.commands.judge_ask import judge_ask
 from online_dpo.commands.judge_audit import judge_audit
@@ -51,6 +52,7 @@ Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed i
 
 app.command("init")(init)
 app.command("watch")(watch)
+app.command("export")(export)
 
 
 @app.command()

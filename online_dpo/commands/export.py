@@ -1,0 +1,58 @@
+"""`online-dpo export`: a run's data for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from online_dpo.commands.common import Debug, errors_in_one_line
+
+if TYPE_CHECKING:
+    from online_dpo.export import Selection
+    from online_dpo.store import RunStore
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, finished or not")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="a folder that is empty or not there")],
+    form: Annotated[
+        Literal["trl", "jsonl", "parquet"],
+        typer.Option(
+            "--format", help="trl: pairs that its DPOTrainer trains on; jsonl: the same as lines; parquet: all stages"
+        ),
+    ] = "trl",
+    arm: Annotated[str | None, typer.Option("--arm", help="this arm alone")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="this seed alone")] = None,
+    rounds: Annotated[str | None, typer.Option("--rounds", metavar="1-3", help="these rounds alone")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's pairs, or all of its stages, for `datasets` and TRL."""
+    with errors_in_one_line(debug):
+        from online_dpo.display import make_console
+        from online_dpo.export import Selection, export_stages, parse_rounds
+        from online_dpo.store import RunStore
+
+        store = RunStore.open(folder)
+        selection = Selection(arm, seed, None if rounds is None else parse_rounds(rounds))
+        if form == "parquet":
+            said = f"{export_stages(store, selection, out)} files"
+        else:
+            said = f"{_pairs(store, selection, out, form == 'jsonl')} pairs"
+        make_console().print(f"{said} in {out}", markup=False, soft_wrap=True)
+
+
+def _pairs(store: RunStore, selection: Selection, out: Path, jsonl: bool) -> int:
+    from online_dpo.export.trl import continuing, export_trl
+    from online_dpo.models import load_tokenizer, resolve_model
+
+    experiment = store.experiment
+    model = resolve_model(
+        experiment.model,
+        revision=experiment.revision,
+        folders=[Path(store.manifest["folder"])],
+        trust_remote_code=experiment.trust_remote_code,
+    )
+    tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
+    return export_trl(store, selection, out, continuing(tokenizer), "jsonl" if jsonl else "parquet")
