@@ -12,6 +12,7 @@ from online_dpo.arms import Arm
 from online_dpo.errors import TrainingError
 from online_dpo.files import digest_json, remove
 from online_dpo.judging.digests import source_digest
+from online_dpo.model_card import write_model_card
 from online_dpo.protocols import TrainJob, TrainStart, TrainStep
 from online_dpo.records import read_pairs
 from online_dpo.rounds import Pinned
@@ -60,6 +61,7 @@ def train_round(arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundData) 
                 left = len(pairs) * dpo.epochs - (len(steps) - 1) * dpo.batch_size
                 arm.run.progress.advance(min(dpo.batch_size, left), f"loss {event.loss:.3f}")
         arm.run.progress.finish()
+        write_model_card(arm, folder.index, pinned, len(pairs), out / "policy")
         return {"loss": dpo.describe_loss(), **_train_figures(starts[0], steps, time.perf_counter() - began)}
 
     inputs = {

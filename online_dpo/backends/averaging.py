@@ -18,7 +18,7 @@ from torch import Tensor
 
 from online_dpo.backends.weights import adapter_matrices
 from online_dpo.errors import ModelError
-from online_dpo.models import digest_folder
+from online_dpo.models import NOT_DIGESTED, digest_folder
 from online_dpo.policies import write_policy
 from online_dpo.types import Policy
 
@@ -33,7 +33,7 @@ def average_policies(policy: Policy, reference: Policy, alpha: float, *, policy_
     """
     out.mkdir()
     for file in sorted(policy.path.iterdir()):
-        if file.is_file() and file.suffix != ".safetensors" and file.name != "policy.json":
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in NOT_DIGESTED:
             shutil.copyfile(file, out / file.name)
     if policy.adapter:
         _stack(policy.path, reference.path if reference.adapter else None, alpha, out)

@@ -11,6 +11,7 @@ import yaml
 import online_dpo
 from online_dpo.display import clean
 from online_dpo.export.selection import ChosenRound
+from online_dpo.model_card import base_name
 from online_dpo.store import RunStore
 
 
@@ -80,8 +81,7 @@ def _arm_line(arm: str, rounds: Sequence[ChosenRound], judge: str) -> str:
 
 
 def _origin(store: RunStore) -> str:
-    model = store.manifest["model"]
     return (
-        f"\nSampled by online-dpo {online_dpo.__version__} from policies that began as "
-        f"{clean(Path(model['name']).name)} (digest {model['digest'][:12]}).\n"
+        f"\nMade by online-dpo {online_dpo.__version__}; the policies began as {clean(base_name(store))} "
+        f"(digest {store.manifest['model']['digest'][:12]}).\n"
     )
