@@ -42,6 +42,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_TIMEOUT = 5.0
 """Seconds the hub has to answer the first request; the download itself is not limited."""
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+"""What architectures call the length of their context in config.json."""
 UNPACK_RECIPE = 1
 """Part of the cache folder's name: raise it when `_unpack` changes what it writes."""
 
@@ -124,6 +126,27 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"the tokenizer in {path} does not load: {one_line(error)}") from error
     return tokenizer
+
+
+def end_token_ids(path: Path) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config.json's, else config.json's `eos_token_id`.
+
+    Empty for a model that names none (every answer then runs to max_tokens).
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = path / name
+        if file.exists():
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
+
+
+def context_length(path: Path) -> int | None:
+    """The most tokens that the model in folder `path` was made for, by its config.json; None where it does not say."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    found = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    return None if found is None else int(found)
 
 
 def check_folder(path: Path, name: str | None = None) -> None:

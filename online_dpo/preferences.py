@@ -15,10 +15,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from online_dpo.config import PromptsSpec
 from online_dpo.errors import DataError
@@ -80,17 +80,28 @@ def load_preferences(
     if limit is not None and limit < 1:
         raise DataError(f"{path}: limit must be at least 1, got {limit}")
     rows = read_rows(PromptsSpec(path=path, split=split, name=name), [*folders, Path.cwd()], "preference pairs")
-    _check_columns(rows.column_names, path)
     dropped: Counter[str] = Counter(prompts_differ=0, empty=0, identical=0, no_question=0, undecided=0)
-    pairs = []
-    for number, (pair_id, row) in enumerate(zip(_ids(rows), rows, strict=True), start=1):
-        preference = _preference(pair_id, row, f"{path}: row {number}", dropped)
-        if preference is not None:
-            pairs.append(preference)
+    pairs = [pair for pair in parse_pairs(rows, path, dropped) if pair is not None]
     if not pairs:
         lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
         raise DataError(f"{path}: no usable preference pair" + (f" (dropped: {lost})" if lost else ""))
-    return PreferenceSet(_drawn(pairs, limit, seed), dict(dropped), path)
+    return PreferenceSet(drawn(pairs, limit, seed), dict(dropped), path)
+
+
+def is_preference_form(columns: Sequence[str]) -> bool:
+    """Whether a table of these columns holds preference pairs."""
+    return {"chosen", "rejected"} <= set(columns) or set(columns) >= SUMMARY_COLUMNS
+
+
+def parse_pairs(rows: Any, path: str, dropped: Counter[str]) -> Iterator[Preference | None]:
+    """The pair of each row of a `datasets.Dataset`; None, counted into `dropped`, for a row that holds none.
+
+    Raises `DataError`: unknown columns, a row that is no pair.
+    """
+    if not is_preference_form(rows.column_names):
+        raise DataError(f"{path}: no preference pairs in columns {', '.join(rows.column_names)}; known forms: {FORMS}")
+    for number, (pair_id, row) in enumerate(zip(row_ids(rows), rows, strict=True), start=1):
+        yield _preference(pair_id, row, f"{path}: row {number}", dropped)
 
 
 def as_comparison(preference: Preference) -> tuple[Prompt, Candidate, Candidate]:
@@ -122,12 +133,7 @@ def longer_wins(pairs: Sequence[Preference]) -> Interval:
 # --- rows ---
 
 
-def _check_columns(columns: Sequence[str], path: str) -> None:
-    if not ({"chosen", "rejected"} <= set(columns) or set(columns) >= SUMMARY_COLUMNS):
-        raise DataError(f"{path}: no preference pairs in columns {', '.join(columns)}; known forms: {FORMS}")
-
-
-def _ids(rows: Any) -> list[str]:
+def row_ids(rows: Any) -> list[str]:
     """The rows' own `id`s where all are there and different; else the rows' numbers, counted from 1."""
     if "id" in rows.column_names:
         own = [str(value).strip() if value is not None else "" for value in rows["id"]]
@@ -138,7 +144,7 @@ def _ids(rows: Any) -> list[str]:
 
 def _preference(pair_id: str, row: Mapping[str, Any], where: str, dropped: Counter[str]) -> Preference | None:
     """The row's pair; None, counted into `dropped`, where it holds none."""
-    both = _summaries(row, where) if set(row) >= SUMMARY_COLUMNS else _dialogues(row, where)
+    both = summaries(row, where) if set(row) >= SUMMARY_COLUMNS else _dialogues(row, where)
     if both is None:
         dropped["undecided"] += 1
         return None
@@ -159,14 +165,14 @@ def _preference(pair_id: str, row: Mapping[str, Any], where: str, dropped: Count
 
 
 def _dialogues(row: Mapping[str, Any], where: str) -> tuple[Answered, Answered]:
-    prompt = _prompt(row, where)
+    prompt = prompt_column(row, where)
     return (
-        _answered(prompt, row["chosen"], f"{where}: column 'chosen'"),
-        _answered(prompt, row["rejected"], f"{where}: column 'rejected'"),
+        split_answer(prompt, row["chosen"], f"{where}: column 'chosen'"),
+        split_answer(prompt, row["rejected"], f"{where}: column 'rejected'"),
     )
 
 
-def _prompt(row: Mapping[str, Any], where: str) -> tuple[Message, ...] | None:
+def prompt_column(row: Mapping[str, Any], where: str) -> tuple[Message, ...] | None:
     """The messages of the row's prompt column; None when there is no such column."""
     column = next((column for column in PROMPT_COLUMNS if column in row), None)
     if column is None:
@@ -179,19 +185,19 @@ def _prompt(row: Mapping[str, Any], where: str) -> tuple[Message, ...] | None:
             f"{where}: column '{column}': text or a list of {{role, content}} is needed, found {value!r:.80}"
         )
     text = value or ""
-    turns = _turns(text)
-    if turns:  # such a prompt may end with the bare name of who speaks next
-        return turns[:-1] if turns[-1] == Message("assistant", "") else turns
+    turns = prompt_turns(text)
+    if turns:
+        return turns
     extra = row.get("input") if column == "instruction" else None
     return (Message("user", f"{text}\n\n{extra}" if isinstance(extra, str) and extra.strip() else text),)
 
 
-def _answered(prompt: tuple[Message, ...] | None, value: Any, where: str) -> Answered:
+def split_answer(prompt: tuple[Message, ...] | None, value: Any, where: str) -> Answered:
     """The messages before the answer that `value` holds, and the answer; "" where it does not end with one."""
     if value is None:
         return prompt or (), ""
     if isinstance(value, str):
-        turns = _turns(value)
+        turns = read_turns(value)
         if not turns and prompt is not None:
             return prompt, value.strip()
         if not turns and value.strip():
@@ -207,7 +213,7 @@ def _answered(prompt: tuple[Message, ...] | None, value: Any, where: str) -> Ans
     return turns[:-1], turns[-1].content.strip()
 
 
-def _turns(text: str) -> tuple[Message, ...]:
+def read_turns(text: str) -> tuple[Message, ...]:
     """The turns of a "Human:"/"Assistant:" dialogue; empty where `text` is none."""
     before, *parts = TURN.split("\n\n" + text.lstrip())
     if before or not parts:
@@ -215,7 +221,13 @@ def _turns(text: str) -> tuple[Message, ...]:
     return tuple(Message(ROLES[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True))
 
 
-def _summaries(row: Mapping[str, Any], where: str) -> tuple[Answered, Answered] | None:
+def prompt_turns(text: str) -> tuple[Message, ...]:
+    """`read_turns` of a prompt, which may end with the bare name of who speaks next."""
+    turns = read_turns(text)
+    return turns[:-1] if turns[-1:] == (Message("assistant", ""),) else turns
+
+
+def summaries(row: Mapping[str, Any], where: str) -> tuple[Answered, Answered] | None:
     """Both summaries of a post or article, the chosen one first; None where nobody chose."""
     info, summaries, choice = row["info"], row["summaries"], row["choice"]
     texts = [one.get("text") for one in summaries or () if isinstance(one, Mapping)]
@@ -236,13 +248,24 @@ def _summary_prompt(info: Mapping[str, Any]) -> str:
     return "\n\n".join([*lines, "TL;DR:"]) if lines else ""
 
 
-def _drawn(pairs: Sequence[Preference], limit: int | None, seed: int) -> tuple[Preference, ...]:
-    """`limit` of `pairs`, in their own order."""
-    if limit is None or limit >= len(pairs):
-        return tuple(pairs)
+class HasId(Protocol):
+    """A row that can be drawn."""
 
-    def rank(pair: Preference) -> bytes:
-        return hashlib.sha256(f"{seed}\0{pair.id}".encode("utf-8", "surrogatepass")).digest()
+    @property
+    def id(self) -> str:
+        """Different from those of all other rows."""
 
-    kept = {pair.id for pair in sorted(pairs, key=rank)[:limit]}
-    return tuple(pair for pair in pairs if pair.id in kept)
+
+Drawn = TypeVar("Drawn", bound=HasId)
+
+
+def drawn(rows: Sequence[Drawn], limit: int | None, seed: int) -> tuple[Drawn, ...]:
+    """`limit` of `rows`, in their own order; all where `limit` is None. Which follows from `seed` and their ids."""
+    if limit is None or limit >= len(rows):
+        return tuple(rows)
+
+    def rank(row: Drawn) -> bytes:
+        return hashlib.sha256(f"{seed}\0{row.id}".encode("utf-8", "surrogatepass")).digest()
+
+    kept = {row.id for row in sorted(rows, key=rank)[:limit]}
+    return tuple(row for row in rows if row.id in kept)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 class PromptSet:
     """Disjoint training and held-out prompts, each in an order that follows from their ids alone.
 
-    `dropped` counts what was left out: `empty`, `duplicate` (the same messages again), `too_long`.
+    `dropped` counts what was left out: `empty`, `duplicate` (the same messages again), `too_long`; of a preference file
+    also rows without a usable pair (`preferences.PreferenceSet.dropped`).
     `chat` tells whether the tokenizer's chat template was applied.
     """
 
@@ -52,11 +53,13 @@ def load_prompts(spec: PromptsSpec, tokenizer: Any, *, folders: Sequence[Path] =
     """Read, check, tokenise and split the prompts of `spec`.
 
     `tokenizer` is a Hugging Face tokenizer. `folders` are searched for a relative path before the current folder.
+    Of a preference file without the column `prompts.column` the prompts of its pairs are taken.
     Raises `DataError`: no such file, column, split or dataset; a row that is not a prompt; too few prompts.
     """
     rows = read_rows(spec, [*folders, Path.cwd()])
     dropped = {"empty": 0, "duplicate": 0, "too_long": 0}
-    ids = _collect(spec, rows, dropped)
+    chat = has_template(tokenizer)
+    ids = _collect(spec, rows, dropped, turns=chat)
     prompts = []
     for messages, prompt_id in ids.items():
         token_ids = encode(messages, tokenizer, f"{spec.path}: prompt '{prompt_id}'")
@@ -66,7 +69,7 @@ def load_prompts(spec: PromptsSpec, tokenizer: Any, *, folders: Sequence[Path] =
             prompts.append(Prompt(prompt_id, messages, token_ids))
     train, held_out = split(prompts, spec.held_out)
     _check_enough(spec, prompts, train, dropped)
-    return PromptSet(train, held_out, dropped, chat=_has_template(tokenizer))
+    return PromptSet(train, held_out, dropped, chat=chat)
 
 
 def split(prompts: Sequence[Prompt], held_out: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
@@ -104,14 +107,19 @@ def encode(messages: Sequence[Message], tokenizer: Any, where: str = "prompt") -
     Plain text (no chat template) gets the begin token that the tokenizer adds, once, and no end token.
     Raises `DataError`, beginning with `where`, when the messages do not fit the tokenizer.
     """
-    if _has_template(tokenizer):
+    if has_template(tokenizer):
         return _encode_chat(messages, tokenizer, where)
     if len(messages) != 1 or messages[0].role != "user":
         raise DataError(
             f"{where}: the model's tokenizer has no chat template, so a prompt is one plain text: "
-            "take a chat model, or give a column of plain text without `prompts.system`"
+            "take a chat model, set prompts.template: dialogue, or give a column of plain text without `prompts.system`"
         )
-    token_ids = [int(token) for token in tokenizer(messages[0].content)["input_ids"]]
+    return plain_ids(messages[0].content, tokenizer)
+
+
+def plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of plain text that goes on: the begin token that the tokenizer adds, once, and no end token."""
+    token_ids = [int(token) for token in tokenizer(text)["input_ids"]]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and token_ids[:2] == [bos, bos]:
         token_ids = token_ids[1:]  # the text itself began with the begin token's text
@@ -123,7 +131,8 @@ def encode(messages: Sequence[Message], tokenizer: Any, where: str = "prompt") -
 # --- tokenising ---
 
 
-def _has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: Any) -> bool:
+    """Whether prompts are written by a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -142,19 +151,21 @@ def _encode_chat(messages: Sequence[Message], tokenizer: Any, where: str) -> tup
 # --- rows ---
 
 
-def _collect(spec: PromptsSpec, rows: Any, dropped: dict[str, int]) -> dict[tuple[Message, ...], str]:
-    """The distinct prompts of `rows` and their ids; counts into `dropped` what it leaves out."""
-    column = _column(spec, rows.column_names)
+def _collect(spec: PromptsSpec, rows: Any, dropped: dict[str, int], *, turns: bool) -> dict[tuple[Message, ...], str]:
+    """The distinct prompts of `rows` and their ids; counts into `dropped` what it leaves out.
+
+    `turns`: a text of "Human:" and "Assistant:" turns is read as such (a chat template writes it anew).
+    """
     given = _given_ids(spec, rows)
     ids: dict[tuple[Message, ...], str] = {}
-    for number, value in enumerate(rows[column], start=1):
-        messages = _messages(value, f"{spec.path}: row {number}: column '{column}'")
-        if not messages or not messages[-1].content.strip():
+    for number, (own, plain) in enumerate(_rows_messages(spec, rows, dropped, turns=turns)):
+        if own is None:
+            continue  # a row without a usable pair, counted
+        if not own or not own[-1].content.strip():
             dropped["empty"] += 1
             continue
-        prompt_id = given[number - 1] if given is not None else message_id(messages)
-        if spec.system is not None and isinstance(value, str):
-            messages = (Message("system", spec.system), *messages)
+        prompt_id = given[number] if given is not None else message_id(own)
+        messages = with_system(own, spec.system) if plain else own
         if messages in ids:
             dropped["duplicate"] += 1
             # The smallest id stays, so that the order of the rows does not matter.
@@ -164,6 +175,33 @@ def _collect(spec: PromptsSpec, rows: Any, dropped: dict[str, int]) -> dict[tupl
     if twice:
         raise DataError(f"{spec.path}: two different prompts have the id '{min(twice)}' ({len(twice)} such ids)")
     return ids
+
+
+def _rows_messages(
+    spec: PromptsSpec, rows: Any, dropped: dict[str, int], *, turns: bool
+) -> Iterator[tuple[tuple[Message, ...] | None, bool]]:
+    """Each row's messages, and whether they are one plain text; None for a row of a preference file without a pair."""
+    from online_dpo.preferences import is_preference_form, parse_pairs, prompt_turns
+
+    if spec.column not in rows.column_names and is_preference_form(rows.column_names):
+        lost: Counter[str] = Counter()
+        for pair in parse_pairs(rows, spec.path, lost):
+            yield (None if pair is None else pair.messages), pair is not None and len(pair.messages) == 1
+        dropped |= lost
+        return
+    column = _column(spec, rows.column_names)
+    for number, value in enumerate(rows[column], start=1):
+        where = f"{spec.path}: row {number}: column '{column}'"
+        said = prompt_turns(value) if turns and isinstance(value, str) else ()
+        if said:
+            yield _ended_by_user(said, where), len(said) == 1
+        else:
+            yield _messages(value, where), isinstance(value, str)
+
+
+def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
+    """`messages` behind the experiment's system message (`prompts.system`), where there is one."""
+    return messages if system is None else (Message("system", system), *messages)
 
 
 def _given_ids(spec: PromptsSpec, rows: Any) -> list[str] | None:
@@ -199,7 +237,10 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         return (Message("user", value),)
     if not isinstance(value, list):
         raise DataError(f"{where}: text or a list of {{role, content}} is needed, found {type(value).__name__}")
-    messages = tuple(to_message(turn, where) for turn in value)
+    return _ended_by_user(tuple(to_message(turn, where) for turn in value), where)
+
+
+def _ended_by_user(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     if messages and messages[-1].role == "assistant":
         raise DataError(
             f"{where}: ends with an assistant turn: a prompt ends with the user's turn, the policy answers it "

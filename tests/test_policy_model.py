@@ -144,8 +144,7 @@ def test_probe_is_of_the_saved_weights(initial: Policy, moved: Moved) -> None:
 
 def test_saved_folder_serves_by_itself(initial: Policy, moved: Moved) -> None:
     """Weights, configuration, tokenizer; safetensors alone, and the end token that the engine stops at."""
-    from online_dpo.backends.hf_model import end_token_ids
-    from online_dpo.models import check_folder
+    from online_dpo.models import check_folder, end_token_ids
 
     policy = moved()
     check_folder(policy.path)

@@ -110,9 +110,9 @@ def test_plain_answer_that_speaks_of_humans_is_no_dialogue(tmp_path: Path) -> No
 @given(st.lists(st.text(alphabet="abc :\n", min_size=1).map(str.strip).filter(bool), min_size=2, max_size=6))
 def test_dialogue_gives_back_its_turns(turns: list[str]) -> None:
     """Any turns with something in them, none of which looks like the beginning of another."""
-    from online_dpo.preferences import _turns
+    from online_dpo.preferences import read_turns
 
-    assert [message.content for message in _turns(dialogue(*turns))] == turns
+    assert [message.content for message in read_turns(dialogue(*turns))] == turns
 
 
 def test_every_file_format(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from online_dpo.backends.hf_model import end_token_ids, load_causal_lm, torch_dtype
+from online_dpo.backends.hf_model import load_causal_lm, torch_dtype
 from online_dpo.backends.probe import check_probe
 from online_dpo.config import EngineSpec, SamplingSpec
 from online_dpo.logps import collate, token_logps
-from online_dpo.models import load_tokenizer
+from online_dpo.models import end_token_ids, load_tokenizer
 from online_dpo.protocols import SampleRequest
 from online_dpo.types import Candidate, Policy
 

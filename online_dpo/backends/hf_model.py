@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -47,20 +46,6 @@ def silence_dropout(model: nn.Module) -> None:
             for name, value in list(getattr(holder, "__dict__", {}).items()):
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
-
-
-def end_token_ids(path: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config.json's, else config.json's `eos_token_id`.
-
-    Empty for a model that names none (every answer then runs to max_tokens).
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = path / name
-        if file.exists():
-            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            if value is not None:
-                return tuple(value) if isinstance(value, list) else (int(value),)
-    return ()
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
