@@ -40,12 +40,12 @@ class HumanPairs:
 
 
 def load_human_pairs(
-    spec: DatasetSpec | None, encoder: AnswerEncoder, *, longest: int, folders: Sequence[Path] = ()
+    spec: DatasetSpec | None, encoder: AnswerEncoder, *, longest: int | None, folders: Sequence[Path] = ()
 ) -> HumanPairs:
     """Read and tokenise the pairs of `spec` (None: there are none).
 
     Left out beside what `load_preferences` leaves out: `too_long`, prompt and answer together of more than `longest`
-    tokens; `has_end`, an answer that contains a token at which the policy would have stopped. Raises `DataError` when
+    tokens (None: no such limit); `has_end`, an answer that contains a token at which the policy would have stopped. Raises `DataError` when
     no pair is left, and for what cannot be read.
     """
     if spec is None:
@@ -57,7 +57,7 @@ def load_human_pairs(
         pair = _tokenised(preference, encoder, f"{spec.path}: pair '{preference.id}'")
         if pair is None:
             dropped["has_end"] += 1
-        elif max(len(pair.chosen.token_ids), len(pair.rejected.token_ids)) + len(pair.prompt.token_ids) > longest:
+        elif longest is not None and _length(pair) > longest:
             dropped["too_long"] += 1
         else:
             pairs.append(pair)
@@ -76,6 +76,11 @@ def _tokenised(preference: Preference, encoder: AnswerEncoder, where: str) -> Pa
             return None
         answers.append(_answer(prompt.id, index, text, token_ids))
     return _pair(prompt, *answers)
+
+
+def _length(pair: Pair) -> int:
+    """Tokens of the prompt with the longer answer."""
+    return len(pair.prompt.token_ids) + max(len(pair.chosen.token_ids), len(pair.rejected.token_ids))
 
 
 def _answer(prompt_id: str, index: int, text: str, token_ids: Sequence[int]) -> Candidate:

@@ -149,13 +149,6 @@ def context_length(path: Path) -> int | None:
     return None if found is None else int(found)
 
 
-def context_length(path: Path) -> int:
-    """The longest sequence, in tokens, that the model in folder `path` says it can read; 2³¹ where it says nothing."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    found = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
-    return min(found, default=2**31)
-
-
 def check_folder(path: Path, name: str | None = None) -> None:
     """Raise `ModelError` unless `path` holds a configuration, complete safetensors weights and a tokenizer."""
     label = f"model '{name or path}'" + (f" ({path})" if name not in (None, str(path)) else "")

@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Resolved:
     prompts: PromptSet
     judges: dict[str, str]
     """What `check_judges` returns."""
-    human_pairs: HumanPairs = HumanPairs()
+    human_pairs: HumanPairs = field(default_factory=HumanPairs)
 
     @property
     def root(self) -> Path:
