@@ -45,8 +45,8 @@ def load_human_pairs(
     """Read and tokenise the pairs of `spec` (None: there are none).
 
     Left out beside what `load_preferences` leaves out: `too_long`, prompt and answer together of more than `longest`
-    tokens (None: no such limit); `has_end`, an answer that contains a token at which the policy would have stopped. Raises `DataError` when
-    no pair is left, and for what cannot be read.
+    tokens (None: no such limit); `has_end`, an answer that contains a token at which the policy would have stopped.
+    Raises `DataError` when no pair is left, and for what cannot be read.
     """
     if spec is None:
         return HumanPairs()
