@@ -1,4 +1,7 @@
-"""The command line: init, run, resume, check, show, judge. Loads nothing heavy before a command needs it."""
+"""The command line. Loads nothing heavy before a command needs it."""
+
+Loads nothing heavy before a command needs it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import typer
 
 import online_dpo
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
+from online_dpo.commands.compare import compare
 from online_dpo.commands.export import export
 from online_dpo.commands.init import init
 from online_dpo.commands.judge_ask import judge_ask
@@ -51,6 +55,7 @@ Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed i
 
 
 app.command("init")(init)
+app.command("compare")(compare)
 app.command("watch")(watch)
 app.command("export")(export)
 
@@ -85,9 +90,11 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
     with errors_in_one_line(debug):
         spec = load_experiment(experiment, sets, seeds)
         from online_dpo.backends.factory import choose_engine
+        from online_dpo.confounding import confounded
         from online_dpo.display import make_console
+        from online_dpo.judging import judge_digest
         from online_dpo.plan import differences, plan_arms
-        from online_dpo.plan_display import plan_tables
+        from online_dpo.plan_display import plan_tables, warning_lines
         from online_dpo.runs import resolve
 
         resolved = resolve(spec, experiment.parent)
@@ -102,6 +109,9 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
             soft_wrap=True,
         )
         console.print(plan_tables(plan_arms(resolved), differences(spec), len(spec.seeds)))
+        warnings = confounded(spec, lambda judge: judge_digest(judge, [resolved.folder]))
+        if warnings:
+            console.print(warning_lines(warnings), soft_wrap=True)
 
 
 @app.command()

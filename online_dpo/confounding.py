@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from itertools import combinations
-from typing import Any
 
+from online_dpo.budget import arm_budget
 from online_dpo.config import Experiment, JudgeSpec, flatten
+from online_dpo.files import digest_json
+from online_dpo.source_spec import SourceSpec, parts_of
 
 ROUNDING = 0.05
 """Budgets that differ by less than this share of the largest are equal but for whole batches and whole prompts."""
 
+SPENT = {"pairs": "pairs", "steps": "steps", "sampled_tokens": "sampled tokens", "judged": "judge calls"}
+"""What of an arm's budget is compared, and how it is called."""
+
 ONE_THING = ("algorithm", "rloo", "source", "reference", "judge", "comparing", "pairing")
 """Sections whose keys are one choice together; of all other sections every key is a choice of its own."""
+NOT_STUDIED = ("max_abstain",)
+"""Keys that decide when a run ends in an error, not what it finds."""
 SAME_THING = {"rloo": "algorithm", "comparing": "judge"}
 LOSS_KEYS = ("label_smoothing", "simpo_gamma", "discopop_tau", "bco_running_mean", "length_normalize")
 """Keys of `dpo` that say which loss it is: another name of the loss allows or forbids them."""
 
-Budgets = Mapping[str, Mapping[str, float]]
-"""Arm -> what it spends -> how much."""
 Digest = Callable[[JudgeSpec], str]
 """What tells one judge from another: `judging.judge_digest`, for instance."""
 
 
+def by_settings(judge: JudgeSpec) -> str:
+    """A judge's digest where its source is not at hand: by its name and settings alone."""
+    return digest_json(judge.model_dump(mode="json"))
+
+
 def confounded(
-    experiment: Experiment, budgets: Budgets, digest: Digest, own_prompts: Collection[str] = ()
+    experiment: Experiment, digest: Digest = by_settings, own_prompts: Collection[str] | None = None
 ) -> list[str]:
-    """The sentences, the weightiest first. `own_prompts`: arms whose pairs bring prompts of their own."""
+    """The sentences, the weightiest first.
+
+    `own_prompts`: arms that train on other prompts than the experiment's; None: those whose settings say so.
+    """
     return [
         *_several_things(experiment),
-        *_budgets(budgets),
+        *_budgets(experiment),
         *_judges(experiment, digest),
         *gold_in_training(experiment, digest),
-        *_other_prompts(experiment, own_prompts),
+        *_other_prompts(experiment, _rowwise(experiment) if own_prompts is None else own_prompts),
         *_answer_limits(experiment),
         *_no_divergence(experiment),
         *_one_seed(experiment),
@@ -43,7 +56,9 @@ def differing_things(experiment: Experiment, one: str, other: str) -> list[str]:
     """What two arms differ in, by dotted key; keys that are one choice together count once."""
     first, second = (flatten(experiment.arm(name).model_dump(mode="json")) for name in (one, other))
     keys = [*first, *(key for key in second if key not in first)]
-    return list(dict.fromkeys(_thing(key) for key in keys if first.get(key) != second.get(key)))
+    return list(
+        dict.fromkeys(_thing(key) for key in keys if key not in NOT_STUDIED and first.get(key) != second.get(key))
+    )
 
 
 def gold_in_training(experiment: Experiment, digest: Digest) -> list[str]:
@@ -85,13 +100,17 @@ def _several_things(experiment: Experiment) -> list[str]:
     return list(found.values())
 
 
-def _budgets(budgets: Budgets) -> list[str]:
-    differing = []
-    for what in dict.fromkeys(what for spent in budgets.values() for what in spent):
-        amounts = {arm: spent.get(what, 0) for arm, spent in budgets.items()}
-        if max(amounts.values()) - min(amounts.values()) > ROUNDING * max(amounts.values()):
-            differing.append(f"{what} ({', '.join(f'{arm} {amount:,.0f}' for arm, amount in amounts.items())})")
-    return [f"the arms' budgets differ in {_and(differing)}"] if differing else []
+def _budgets(experiment: Experiment) -> list[str]:
+    budgets = {name: arm_budget(experiment, name, experiment.prompts.held_out) for name in experiment.arms}
+    found = []
+    for key, what in SPENT.items():
+        arms: dict[int, list[str]] = {}
+        for name, budget in budgets.items():
+            arms.setdefault(getattr(budget, key), []).append(name)
+        if max(arms) - min(arms) > ROUNDING * max(arms):
+            spent = "; ".join(f"{_and(names)} {amount:,}" for amount, names in sorted(arms.items(), reverse=True))
+            found.append(f"the arms' budgets differ in {what}: {spent}")
+    return found
 
 
 def _judges(experiment: Experiment, digest: Digest) -> list[str]:
@@ -101,6 +120,16 @@ def _judges(experiment: Experiment, digest: Digest) -> list[str]:
         return []
     named = ", ".join(f"{name} {spec.use}" for name, spec in used.items())
     return [f"each arm is measured by its own judge ({named}): their rewards compare only with evaluation.judge set"]
+
+
+def _rowwise(experiment: Experiment) -> list[str]:
+    """Arms that go through a dataset's rows, whatever their prompts."""
+    parts = {name: parts_of(experiment.arm(name).source) for name in experiment.arms}
+    return [
+        name
+        for name, sources in parts.items()
+        if any(isinstance(part, SourceSpec) and part.dataset and part.match == "rows" for part in sources)
+    ]
 
 
 def _other_prompts(experiment: Experiment, own_prompts: Collection[str]) -> list[str]:
@@ -134,6 +163,6 @@ def _one_seed(experiment: Experiment) -> list[str]:
     return ["one seed: intervals are over prompts only, and do not tell what another training seed would give"]
 
 
-def _and(names: Collection[Any]) -> str:
-    *first, last = [str(name) for name in names]
+def _and(names: Collection[str]) -> str:
+    *first, last = names
     return f"{', '.join(first)} and {last}" if first else last

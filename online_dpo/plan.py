@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from online_dpo.config import ArmSettings, Experiment, PairingSpec, flatten
+from online_dpo.budget import arm_budget
+from online_dpo.config import ArmSettings, Experiment, flatten
 from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.rounds import averaging
 from online_dpo.runs import Resolved
-from online_dpo.types import Prompt
 
 BYTES_A_STORED_TOKEN = 8
 """A token id (int32) and its log-prob (float32), before compression."""
@@ -38,34 +38,20 @@ def plan_arms(resolved: Resolved) -> list[ArmPlan]:
     """The plan of every arm. Pairs are the most that the rule can make: ties and margins leave fewer."""
     experiment = resolved.experiment
     policy_bytes = policy_size(experiment, resolved.model.path)
-    return [
-        _plan_arm(experiment, name, experiment.arm(name), resolved.prompts.held_out, policy_bytes)
-        for name in experiment.arms
-    ]
+    return [_plan_arm(experiment, name, len(resolved.prompts.held_out), policy_bytes) for name in experiment.arms]
 
 
-def _plan_arm(
-    experiment: Experiment, name: str, arm: ArmSettings, held_out: Sequence[Prompt], policy_bytes: int
-) -> ArmPlan:
-    per_round = experiment.prompts.per_round
-    candidates = per_round * arm.sampling.n
-    pairs = per_round * most_pairs(arm.pairing, arm.sampling.n)
-    if arm.pairing.max_pairs is not None:
-        pairs = min(pairs, arm.pairing.max_pairs)
-    steps = arm.dpo.epochs * -(-pairs // arm.dpo.batch_size)
-    held_out_tokens = len(held_out) * held_out_sampling(experiment, arm).max_tokens
-    tokens = candidates * arm.sampling.max_tokens + held_out_tokens
+def _plan_arm(experiment: Experiment, name: str, held_out: int, policy_bytes: int) -> ArmPlan:
+    arm = experiment.arm(name)
+    budget = arm_budget(experiment, name, held_out)
+    initial_tokens = held_out * held_out_sampling(experiment, arm).max_tokens
     kept = arm.rounds if experiment.keep == "all" else min(arm.rounds, 2)
     kept += averages_kept(experiment, arm)
     return ArmPlan(
         arm=name,
         rounds=arm.rounds,
-        candidates=arm.rounds * candidates,
-        pairs=arm.rounds * pairs,
-        steps=arm.rounds * steps,
-        sampled_tokens=arm.rounds * tokens + held_out_tokens,
-        judged=arm.rounds * (candidates + len(held_out)) + len(held_out),
-        disk=kept * policy_bytes + arm.rounds * tokens * BYTES_A_STORED_TOKEN,
+        **budget._asdict(),
+        disk=kept * policy_bytes + (budget.sampled_tokens - initial_tokens) * BYTES_A_STORED_TOKEN,
         loss=arm.dpo.describe_loss(),
     )
 
@@ -76,15 +62,6 @@ def averages_kept(experiment: Experiment, arm: ArmSettings) -> int:
         return 0
     sizes = [1 if experiment.lora is None else t - 1 for t in range(2, arm.rounds + 1)]
     return sum(sizes if experiment.keep == "all" else sizes[-2:])
-
-
-def most_pairs(pairing: PairingSpec, n: int) -> int:
-    """The most pairs that a rule makes of n candidates of one prompt."""
-    if pairing.rule == "all_pairs":
-        return n * (n - 1) // 2
-    if pairing.rule == "top_k":
-        return min(pairing.k, n // 2)
-    return min(1, n // 2)
 
 
 def policy_size(experiment: Experiment, path: Path) -> int:

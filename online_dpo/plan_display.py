@@ -20,6 +20,11 @@ def plan_tables(plans: Sequence[ArmPlan], differing: Mapping[str, Mapping[str, A
     return Group(_budgets(plans, seeds), _losses(plans), Text(), _differences(plans, differing), Text())
 
 
+def warning_lines(warnings: Sequence[str]) -> Text:
+    """What confounds the comparison, a line each; empty where nothing does."""
+    return Text("\n".join(f"warning: {clean(line)}" for line in warnings), style="yellow")
+
+
 def _budgets(plans: Sequence[ArmPlan], seeds: int) -> Table:
     table = _table(f"Plan: at most, for each of {seeds} seed(s), over all rounds")
     for column in ("arm", "rounds", "answers", "judged", "pairs", "steps", "sampled tokens", "disk"):

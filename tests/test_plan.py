@@ -12,10 +12,11 @@ import pytest
 from fakes import fake_prompt, write_weights
 from rich.console import Console
 
+from online_dpo.budget import most_pairs
 from online_dpo.config import Experiment, LoraSpec, PairingSpec, validate_experiment
 from online_dpo.models import ResolvedModel
 from online_dpo.pairing import make_pairs
-from online_dpo.plan import averages_kept, differences, most_pairs, plan_arms, policy_size, tensor_shapes
+from online_dpo.plan import averages_kept, differences, plan_arms, policy_size, tensor_shapes
 from online_dpo.plan_display import plan_tables
 from online_dpo.prompts import PromptSet
 from online_dpo.runs import Resolved
