@@ -1,8 +1,5 @@
 """The command line. Loads nothing heavy before a command needs it."""
 
-Loads nothing heavy before a command needs it.
-"""
-
 from __future__ import annotations
 
 import os
