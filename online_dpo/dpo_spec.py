@@ -26,8 +26,13 @@ LossName = Literal[
     "apo_zero",
     "apo_down",
     "discopop",
+    "sft",
 ]
 LOSS_NAMES: tuple[str, ...] = get_args(LossName)
+
+CHOSEN_ALONE = ("sft",)
+"""Losses of the chosen answers alone: the rejected ones are not computed, and no key that compares the two is read."""
+PAIR_LOSSES = tuple(name for name in LOSS_NAMES if name not in CHOSEN_ALONE)
 
 READ_BY: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot"),
@@ -37,7 +42,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 }
 """Keys that only some losses read, and which."""
 
-NORMALISED = ("sigmoid_norm", "simpo")
+NORMALISED = ("sigmoid_norm", "simpo", "sft")
 """Losses that are defined on averaged log-probs."""
 
 MODIFIERS = (
@@ -49,9 +54,9 @@ MODIFIERS = (
     "importance_clip",
     "xpo_alpha",
 )
-"""Keys that combine with any loss."""
+"""Keys that combine with any loss of pairs."""
 
-REFERENCE_FREE = ("simpo",)
+REFERENCE_FREE = ("simpo", "sft")
 """Losses of the policy's own log-probs."""
 
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -142,6 +147,19 @@ class DPOSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _no_comparing(self) -> DPOSpec:
+        if not self.chosen_alone:
+            return self
+        for key in ("beta", *MODIFIERS):
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default:
+                away = "" if default is None else f", or at its default {default}"
+                raise ValueError(
+                    f"loss '{self.loss_name}' is of chosen answers alone and does not read '{key}': leave it out{away}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _summed_or_averaged(self) -> DPOSpec:
         if self.loss == "ipo" and self.length_normalize is None:
             raise ValueError(
@@ -162,8 +180,15 @@ class DPOSpec(Spec):
         """Whether the loss sees averaged log-ratios (each divided by its completion's length), not sums."""
         return self.loss_name in NORMALISED or bool(self.length_normalize)
 
+    @property
+    def chosen_alone(self) -> bool:
+        """Whether the loss is of the chosen answers alone."""
+        return self.loss_name in CHOSEN_ALONE
+
     def describe_loss(self) -> str:
         """One line: the loss, β, summed or averaged log-probs, and every key that changes it, with its value."""
+        if self.chosen_alone:
+            return f"{self.loss_name} on the chosen answers, averaged log-probs"
         params = self.loss.params if isinstance(self.loss, LossSpec) else {}
         own = f" ({', '.join(f'{key} {value}' for key, value in params.items())})" if params else ""
         parts = [

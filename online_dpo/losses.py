@@ -223,6 +223,18 @@ def discopop(r: LogRatios, beta: float, tau: float = 0.05) -> Tensor:
     return logistic + torch.exp(F.logsigmoid(z / tau) - z)
 
 
+def sft(log_pi: Tensor) -> Tensor:
+    """Per-answer loss of supervised fine-tuning, shape [answers]: −log π(y|x)/|y|, without a reference.
+
+    `log_pi`: [answers], the policy's own log-probs, each divided by its answer's length already: the mean over tokens
+    is what users of supervised fine-tuning expect to read (its exponential is the perplexity), and with it a long
+    answer counts no more than a short one. On the best of n answers of the policy's own it is the last step of
+    rejection sampling (Touvron et al. 2023, "Llama 2", sec. 3.2.3).
+    """
+    require_pairs(log_pi)
+    return -log_pi
+
+
 def implicit_rewards(r: LogRatios, beta: float) -> tuple[Tensor, Tensor]:
     """β·r_w and β·r_l, each [pairs], detached: the rewards that DPO's policy defines (Rafailov 2023, sec. 4)."""
     return beta * r.r_w.detach(), beta * r.r_l.detach()

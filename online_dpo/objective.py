@@ -166,10 +166,13 @@ BUILT_IN: dict[str, Loss] = {
 class Objective:
     """The arm's loss and modifiers. `folders`: where a loss of the user's own is looked for.
 
-    Raises `ConfigError` or `TrainingError`, one line, when a loss of the user's own cannot be used.
+    Raises `ConfigError` or `TrainingError`, one line, when a loss of the user's own cannot be used, and `ValueError`
+    for a loss that is not of pairs.
     """
 
     def __init__(self, dpo: DPOSpec, folders: Sequence[Path] = ()) -> None:
+        if dpo.chosen_alone:
+            raise ValueError(f"loss '{dpo.loss_name}' is of chosen answers alone, not of pairs")
         self.dpo = dpo
         self.needs_reference = dpo.loss_name not in REFERENCE_FREE
         self.needs_behaviour = dpo.importance_clip is not None

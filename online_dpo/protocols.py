@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from online_dpo.config import DPOSpec, SamplingSpec
-from online_dpo.types import Candidate, Pair, Policy, Probe, Prompt
+from online_dpo.config import DPOSpec, RlooSpec, SamplingSpec
+from online_dpo.types import Candidate, Group, Pair, Policy, Probe, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Engine(Protocol):
 class TrainJob:
     """One round's training: `policy` on `pairs` against `reference`.
 
+    With `rloo` it is on `groups` instead; of `dpo` the optimiser's keys are read, `batch_size` counting prompts.
+    With `answers` (token ids of prompts and answers) it is supervised fine-tuning on these, and nothing else is read.
     `source` sampled all answers of the pairs, and their stored log-probs are its own; None where several policies did,
     or people: then the stored ones serve nothing that needs the reference's.
 
@@ -67,33 +69,39 @@ class TrainJob:
     folders: tuple[Path, ...] = ()
     cache: Path | None = None
     checkpoint: Path | None = None
+    groups: tuple[Group, ...] = ()
+    rloo: RlooSpec | None = None
+    answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def drawn_from_reference(self) -> bool:
-        """Whether the pairs' stored log-probs are the reference's."""
+        """Whether the answers' stored log-probs are the reference's."""
         return self.source is not None and self.source.digest == self.reference.digest
 
 
 @dataclass(frozen=True, slots=True)
 class TrainStep:
-    """What one optimiser step reports, before its update: means over the step's pairs.
+    """What one optimiser step reports, before its update: means over the step's pairs, answers or prompts.
 
-    `margin` is β(r_w − r_l), `accuracy` the share with margin > 0 (ties half), `r_w` and `r_l` the log-ratios
-    against the reference (nats a sequence): chosen falling is the sign of off-policy pairs. `tokens` counts what
-    was computed, prompts included.
+    Of pairs: `margin` is β(r_w − r_l), `accuracy` the share with margin > 0 (ties half), `r_w` and `r_l` the log-ratios
+    against the reference (nats a sequence): chosen falling is the sign of off-policy pairs. Of groups: `reward`, the
+    judge's mean score, and `kl`, the mean of log(π/π_ref) over their answers (nats a sequence). None where a step has
+    no such figure. `tokens` counts what was computed, prompts included.
     """
 
     step: int
     steps: int
     loss: float
-    margin: float
-    accuracy: float
+    margin: float | None
+    accuracy: float | None
     grad_norm: float
     lr: float
-    r_w: float
-    r_l: float
+    r_w: float | None
+    r_l: float | None
     tokens: int
     seconds: float
+    reward: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

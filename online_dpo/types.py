@@ -91,6 +91,15 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt's answers that have a score, two or more: what a policy gradient compares with each other."""
+
+    prompt: Prompt
+    candidates: tuple[Candidate, ...]
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """A fixed token sequence and its log-probs under a policy: tells which weights an engine holds.
 

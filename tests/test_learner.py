@@ -25,7 +25,8 @@ from training_parts import (
     weights_of,
 )
 
-from online_dpo.backends.learner import LocalLearner, batch_order, check_first_step
+from online_dpo.backends.first_step import check_first_step
+from online_dpo.backends.learner import LocalLearner, batch_order
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.config import DPOSpec, LoraSpec
 from online_dpo.errors import TrainingError

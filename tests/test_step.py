@@ -22,7 +22,8 @@ from online_dpo.backends import step as step_module
 from online_dpo.backends.hf_model import load_causal_lm
 from online_dpo.backends.learner import LocalLearner
 from online_dpo.backends.reference_logps import PairLogps
-from online_dpo.backends.step import StepLoss, StepSums
+from online_dpo.backends.step import StepLoss
+from online_dpo.backends.stepping import StepSums
 from online_dpo.config import DPOSpec
 from online_dpo.dpo_spec import LOSS_NAMES
 from online_dpo.errors import TrainingError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -12,10 +13,10 @@ from online_dpo.backends.logp_cache import LogpCache, cache_key
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.packing import Item
 from online_dpo.protocols import TrainJob, TrainStart
-from online_dpo.types import Pair
+from online_dpo.types import Pair, Policy
 
 GAP_SAMPLE = 4
-"""Pairs on which the engine's stored log-probs are held against the learner's own, every round."""
+"""Pairs, or groups, on which the engine's stored log-probs are held against the learner's own, every round."""
 
 PairLogps = tuple[Sequence[float], Sequence[float]]
 """Per-token log-probs of a pair's chosen and rejected completion."""
@@ -35,43 +36,81 @@ def stored_logps(pairs: Sequence[Pair]) -> list[PairLogps]:
 def reference_logps(
     model: PolicyModel, job: TrainJob, tolerance: float, *, needed: bool
 ) -> tuple[list[PairLogps], TrainStart]:
-    """The reference's log-probs of all pairs, and how they were come by.
+    """The reference's log-probs of all pairs, and how they were come by: `_known`."""
+    half = len(job.pairs)
+    stored = stored_logps(job.pairs)
+    flat = [logps for side in (0, 1) for logps in (pair[side] for pair in stored)]
+    few = _spread(half)
+    sample = [*few, *(half + i for i in few)]
+    values, start = _known(model, job, items_of(job.pairs), flat, sample, tolerance, needed=needed)
+    return list(zip(values[:half], values[half:], strict=True)), start
 
-    The engine's stored ones, where it sampled with the reference's very weights and agrees with the learner to
-    `tolerance` nats a token on a few pairs. Without `needed` (a loss without a reference) there are none.
+
+def group_logps(
+    model: PolicyModel, job: TrainJob, tolerance: float, *, needed: bool
+) -> tuple[list[list[Sequence[float]]], TrainStart]:
+    """The reference's log-probs of all answers of each group, and how they were come by: `_known`."""
+    items = [(group.prompt.token_ids, answer.token_ids) for group in job.groups for answer in group.candidates]
+    stored = [answer.logprobs for group in job.groups for answer in group.candidates]
+    sizes = [len(group.candidates) for group in job.groups]
+    starts = list(accumulate(sizes, initial=0))
+    # The first and the last answer of a few groups.
+    sample = [place for i in _spread(len(sizes)) for place in (starts[i], starts[i + 1] - 1)]
+    values, start = _known(model, job, items, stored, sample, tolerance, needed=needed)
+    return [list(values[starts[i] : starts[i + 1]]) for i in range(len(sizes))] if values else [], start
+
+
+def _known(
+    model: PolicyModel,
+    job: TrainJob,
+    items: Sequence[Item],
+    stored: Sequence[Sequence[float]],
+    sample: Sequence[int],
+    tolerance: float,
+    *,
+    needed: bool,
+) -> tuple[list[Sequence[float]], TrainStart]:
+    """The reference's log-probs of `items`.
+
+    The engine's `stored` ones, where it sampled with the reference's very weights and agrees with the learner to
+    `tolerance` nats a token on the items `sample`. Without `needed` (a loss without a reference) there are none.
     """
     # Every worker must take the same branch: beside the tolerance, their rounding could differ.
-    gap_token, gap_sequence = from_first(_engine_gap(model, job))
+    gap_token, gap_sequence = from_first(
+        _engine_gap(model, job.source, [items[i] for i in sample], [stored[i] for i in sample])
+    )
     if not needed:
         return [], TrainStart("none", gap_token, gap_sequence)
     if job.drawn_from_reference and gap_token is not None and gap_token <= tolerance:
-        return stored_logps(job.pairs), TrainStart("engine", gap_token, gap_sequence)
-    values, found = _cached(model, job)
-    half = len(job.pairs)
+        return list(stored), TrainStart("engine", gap_token, gap_sequence)
+    values, found = _cached(model, job, items)
     origin = "cache" if found == len(values) else "learner"
-    return list(zip(values[:half], values[half:], strict=True)), TrainStart(origin, gap_token, gap_sequence)
+    return list(values), TrainStart(origin, gap_token, gap_sequence)
 
 
-def _engine_gap(model: PolicyModel, job: TrainJob) -> tuple[float, float] | tuple[None, None]:
-    """Largest |engine − learner| log-prob at the source's own weights, a token and a sequence, on a few pairs.
+def _spread(count: int) -> list[int]:
+    """`GAP_SAMPLE` places, or as many as there are, spread over `count`."""
+    sample = min(GAP_SAMPLE, count)
+    return [i * count // sample for i in range(sample)]
 
-    None where no one policy sampled the pairs.
+
+def _engine_gap(
+    model: PolicyModel, source: Policy | None, items: Sequence[Item], stored: Sequence[Sequence[float]]
+) -> tuple[float, float] | tuple[None, None]:
+    """Largest |engine − learner| log-prob at the source's own weights, a token and a sequence, on a few answers.
+
+    None where no one policy sampled them.
     """
-    if job.source is None:
+    if source is None:
         return None, None
-    pairs = job.pairs
-    model.load(job.source)
-    sample = min(GAP_SAMPLE, len(pairs))
-    spread = [pairs[i * len(pairs) // sample] for i in range(sample)]
-    theirs = [pair.chosen.logprobs for pair in spread] + [pair.rejected.logprobs for pair in spread]
-    own = model.per_token(items_of(spread))
-    tokens = [a - b for mine, stored in zip(own, theirs, strict=True) for a, b in zip(mine, stored, strict=True)]
-    return _largest(tokens), _largest([sum(a) - sum(b) for a, b in zip(own, theirs, strict=True)])
+    model.load(source)
+    own = model.per_token(items)
+    tokens = [a - b for mine, theirs in zip(own, stored, strict=True) for a, b in zip(mine, theirs, strict=True)]
+    return _largest(tokens), _largest([sum(a) - sum(b) for a, b in zip(own, stored, strict=True)])
 
 
-def _cached(model: PolicyModel, job: TrainJob) -> tuple[list[list[float]], int]:
-    """The reference's log-probs of `items_of(pairs)`, and how many of them were in the cache."""
-    items = items_of(job.pairs)
+def _cached(model: PolicyModel, job: TrainJob, items: Sequence[Item]) -> tuple[list[list[float]], int]:
+    """The reference's log-probs of `items`, and how many of them were in the cache."""
     precision = str(model.dtype).removeprefix("torch.")
     keys = [cache_key(job.reference.digest, precision, item) for item in items]
     cache = LogpCache(job.cache) if job.cache is not None else None

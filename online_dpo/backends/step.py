@@ -1,61 +1,44 @@
-"""One optimiser step's loss and gradients: its pairs in passes, the objective on each pass, everything summed."""
+"""One optimiser step's loss and gradients by pairs: in passes, the objective on each pass, everything summed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from online_dpo.backends.distributed import gathered_by_index, summed
+from online_dpo.backends.first_step import check_first_step
 from online_dpo.backends.forward import ItemScores
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.backends.reference_logps import PairLogps, items_of, stored_logps
+from online_dpo.backends.step_passes import StepPasses
+from online_dpo.backends.stepping import StepSums
 from online_dpo.losses import aot_reference, implicit_rewards
 from online_dpo.objective import Objective, PairBatch, PairLosses, TokenLogps
-from online_dpo.passes import deal, fill, tokens_of
-from online_dpo.protocols import TrainJob
-
-
-@dataclass(frozen=True, slots=True)
-class StepSums:
-    """Sums over a step's pairs: what they lost, how they were ranked, how far each side moved, what was computed.
-
-    `reward`: Σ of each pass's mean reward times its pairs (for `bco_pair`). `expected`: Σ of the losses that policy =
-    reference would give.
-    """
-
-    loss: float
-    margin: float
-    wins: float
-    r_w: float
-    r_l: float
-    reward: float
-    expected: float
-    tokens: int
+from online_dpo.protocols import TrainJob, TrainStart, TrainStep
 
 
 class StepLoss:
-    """The loss of batches of one round's pairs; `backward` leaves the gradients of a batch's mean loss."""
+    """A unit is a pair. See `Stepping`."""
 
     def __init__(self, model: PolicyModel, job: TrainJob, objective: Objective, reference: Sequence[PairLogps]) -> None:
         self.model = model
+        self.job = job
         self.pairs = job.pairs
         self.beta = job.dpo.beta
+        self.digest = objective.digest
         self.objective = objective
         self.reference = reference
         self.from_reference = job.drawn_from_reference
-        self.units = [items_of([pair]) for pair in self.pairs]
-        self.costs = [tokens_of(unit, packed=model.forward.packed) for unit in self.units]
+        self.passes = StepPasses(model, [items_of([pair]) for pair in self.pairs])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     def backward(self, batch: Sequence[int], delta: float) -> StepSums:
-        """Gradients of the mean loss over the pairs `batch`, accumulated over this worker's passes.
-
-        Each pass's summed loss is divided by the whole batch's size, so the gradient is that of the mean over the
-        batch whatever the passes and the number of workers. `delta`: the running mean that `bco_pair` may use.
-        """
-        passes = self._passes(batch)
+        """See `Stepping.backward`: each pass's summed loss is divided by the whole batch's size."""
+        passes = self.passes.of(batch)
         of_rank = self._of_rank(batch, passes) if self.objective.needs_ranking else {}
         sums = torch.zeros(8, dtype=torch.float64)
         for chosen, counts in passes:
@@ -68,24 +51,10 @@ class StepLoss:
         loss, margin, wins, r_w, r_l, reward, expected, tokens = summed(sums.to(self.model.device)).tolist()
         return StepSums(loss, margin, wins, r_w, r_l, reward, expected, int(tokens))
 
-    def _passes(self, batch: Sequence[int]) -> list[tuple[list[int], int]]:
-        """This worker's passes, with 1 for those that count.
-
-        Workers that hold shards of one model must make equally many passes: those that have fewer repeat one for
-        nothing.
-        """
-        hands = deal([self.costs[i] for i in batch], self.model.world)
-        cut = [self._cut([batch[i] for i in hand]) for hand in hands]
-        passes = cut[self.model.rank]
-        counted = [(chosen, 1) for chosen in passes]
-        if self.model.sharded:
-            spare = min(batch, key=lambda i: (self.costs[i], i))
-            counted += [([spare], 0)] * (max(map(len, cut)) - len(passes))
-        return counted
-
-    def _cut(self, indices: Sequence[int]) -> list[list[int]]:
-        filled = fill([self.units[i] for i in indices], self.model.tokens_per_pass, packed=self.model.forward.packed)
-        return [[indices[i] for i in chosen] for chosen in filled]
+    def check_first(self, step: TrainStep, sums: StepSums, units: int, start: TrainStart, tolerance: float) -> None:
+        """Of a round that begins at its reference: `first_step.check_first_step`."""
+        if self.reference and self.job.policy.digest == self.job.reference.digest and sums.expected is not None:
+            check_first_step(step, start, sums.expected / units, self.job.dpo, tolerance)
 
     def _data(self, chosen: Sequence[int], found: ItemScores, of_rank: dict[int, float], delta: float) -> PairBatch:
         pairs = [self.pairs[i] for i in chosen]
@@ -130,9 +99,8 @@ class StepLoss:
         wins = (margins > 0).double() + 0.5 * (margins == 0).double()
         reward = self.objective.mean_reward(out) * len(chosen)
         parts = (out.losses.detach(), margins, wins, out.ratios.r_w, out.ratios.r_l, reward, expected)
-        items = [item for i in chosen for item in self.units[i]]
-        tokens = tokens_of(items, packed=self.model.forward.packed)
-        return torch.stack([*(part.double().sum().cpu() for part in parts), torch.tensor(float(tokens)).double()])
+        tokens = torch.tensor(float(self.passes.tokens(chosen))).double()
+        return torch.stack([*(part.double().sum().cpu() for part in parts), tokens])
 
     def _given(self, values: Sequence[PairLogps], found: ItemScores) -> tuple[TokenLogps, TokenLogps]:
         """Known log-probs in the form of `found`."""
