@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from online_dpo.measure import Interval
 
@@ -17,8 +19,10 @@ class Difference:
 
     `interval`: of a − b for `reward` and `gold` (judge's units), of the share of prompts on which a wins (ties half)
     for `win_rate` and `length_controlled`. `p`: two-sided, of no difference; `p_corrected`: Holm's, over all
-    differences of the same measure. The verdict is by `p_corrected`. `more_prompts`, `more_seeds`: about how many more
-    would decide it if the difference is what it seems (None: decided, or no number of these alone would).
+    `family` differences of the same measure. The verdict is by `p_corrected`. `more_prompts`, `more_seeds`: about how
+    many more would decide it with a chance of 80 % if the difference is what it seems (None: decided, or no number of
+    these alone would, or there is one seed, which says nothing of others). `abstained`: prompts left out because a
+    judge abstained on one of their answers.
     """
 
     measure: Measure
@@ -33,6 +37,12 @@ class Difference:
     more_prompts: int | None
     more_seeds: int | None
     sentence: str
+    abstained: int = 0
+    family: int = 1
+
+    def said(self, sentence: str) -> Difference:
+        """The same with its sentence."""
+        return replace(self, sentence=sentence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,9 @@ class Selected:
 class CurvePoint:
     """One arm after one round, over all its seeds; None where there is no such figure.
 
-    `kl`: KL(π‖π₀), nats a sequence. Intervals are over prompts and, where there are several, seeds.
+    `kl`: KL(π‖π₀), nats a sequence. `win_rate`: against the policy that the arm began with (½ at round 0, by
+    definition), `previous_win_rate`: against the round before. Intervals are over prompts and, where there are several,
+    seeds; `seeds` counts those that have this round. All held-out prompts, also where rounds are chosen on some.
     """
 
     arm: str
@@ -59,11 +71,16 @@ class CurvePoint:
     win_rate: Interval
     kl: Interval | None
     tokens: Interval
+    previous_win_rate: Interval | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OverOptimisation:
-    """An arm (one seed) whose gold reward fell after round `peak` while the training judge's rose."""
+    """An arm (one seed) whose gold reward fell after round `peak` while the evaluation judge's rose.
+
+    Both are differences between the two rounds, paired over prompts, and neither interval holds 0; that of `gold_fall`
+    is wide enough for a peak that was found by looking.
+    """
 
     arm: str
     seed: int
@@ -95,3 +112,25 @@ class Comparison:
     verdict: str
     """The answer in one sentence."""
     warnings: tuple[str, ...]
+    measure: Measure = "reward"
+    """What the verdict is by: gold reward where there is a gold judge."""
+    select: str = "last"
+    prompts: int = 0
+    """Held-out prompts on which arms are compared: half of all where rounds are chosen by their scores."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON: an interval is `{mean, low, high}`, null stands for what is no number."""
+        found: dict[str, Any] = _plain(self)
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return value.as_dict()
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
