@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from online_dpo.config import ArmSettings, ComparingSpec, Experiment, JudgeSpec
+from online_dpo.dataset_rows import DatasetRows
 from online_dpo.errors import JudgeError
 from online_dpo.files import digest_json
 from online_dpo.judging import AskedJudge, Asking, Judge, LiveModel, Place, VerdictCache, judge_digest, open_judge
@@ -32,6 +33,8 @@ class Run:
     judge_folders: tuple[Path, ...] = ()
     human_pairs: tuple[Pair, ...] = ()
     """Preference pairs by people that policies are held against; training never sees them."""
+    datasets: dict[str, DatasetRows] = field(default_factory=dict)
+    """The datasets that arms take pairs or answers from, by `sources.datasets.dataset_key`."""
     cache: VerdictCache | None = None
     place_judge: Place | None = None
     live_model: Callable[[], LiveModel] | None = None

@@ -51,21 +51,24 @@ def arm_budget(experiment: Experiment, name: str, held_out: int) -> Budget:
 
 def _gathered(experiment: Experiment, arm: ArmSettings, source: Source, prompts: int) -> _Gathered:
     fresh = prompts * arm.sampling.n
-    paired = prompts * most_pairs(arm.pairing, arm.sampling.n)
-    if arm.pairing.max_pairs is not None:
-        paired = min(paired, arm.pairing.max_pairs)
+    paired = _capped(prompts * most_pairs(arm.pairing, arm.sampling.n), arm.pairing)
     if not isinstance(source, SourceSpec):
         return _Gathered(fresh, fresh, paired)
     if source.mixture is not None:
         parts = [_gathered(experiment, arm, part.source, round(part.share * prompts)) for part in source.mixture]
         return _Gathered(*(sum(values) for values in zip(*parts, strict=True)))
     if source.dataset is not None:
-        return _Gathered(0, 2 * prompts if source.relabel else 0, prompts)
+        return _Gathered(0, 2 * prompts if source.relabel else 0, _capped(prompts, arm.pairing))
     if source.spin is not None:
-        return _Gathered(prompts, 0, prompts)
+        rivals = arm.sampling.n if arm.pairing.rule == "all_pairs" else 1
+        return _Gathered(fresh, 0, _capped(prompts * rivals, arm.pairing))
     if source.stream is not None:
         return _streamed(experiment, arm, source, prompts)
     return _Gathered(fresh, fresh, paired)
+
+
+def _capped(pairs: int, pairing: PairingSpec) -> int:
+    return pairs if pairing.max_pairs is None else min(pairs, pairing.max_pairs)
 
 
 def _streamed(experiment: Experiment, arm: ArmSettings, source: SourceSpec, prompts: int) -> _Gathered:

@@ -25,6 +25,7 @@ from online_dpo.config import Experiment, load_experiment
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from online_dpo.dataset_rows import DatasetRows
     from online_dpo.models import ResolvedModel
     from online_dpo.store import RunStore
 
@@ -68,7 +69,7 @@ def run(
 
         resolved = resolve(spec, experiment.parent)
         store = open_or_create(resolved)
-        _go(store, resolved.model, quiet)
+        _go(store, resolved.model, quiet, resolved.datasets)
 
 
 @app.command()
@@ -93,6 +94,7 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         from online_dpo.plan import differences, plan_arms
         from online_dpo.plan_display import plan_tables, warning_lines
         from online_dpo.runs import resolve
+        from online_dpo.sources.datasets import describe_datasets
 
         resolved = resolve(spec, experiment.parent)
         console = make_console()
@@ -100,6 +102,7 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
             f"model: {resolved.model.name} ({resolved.model.origin}, digest {resolved.model.digest[:12]})\n"
             f"prompts: {len(resolved.prompts.train)} to train, {len(resolved.prompts.held_out)} held out, "
             f"dropped {resolved.prompts.dropped}\n"
+            f"{''.join(line + chr(10) for line in describe_datasets(resolved.datasets))}"
             f"{choose_engine(spec, resolved.model.path)[1]}\n"
             f"run folder: {resolved.root}",
             markup=False,
@@ -122,7 +125,7 @@ def show(folder: RunFolder, debug: Debug = False) -> None:
         _print_tables(store, store.experiment, make_console())
 
 
-def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
+def _go(store: RunStore, model: ResolvedModel, quiet: bool, datasets: dict[str, DatasetRows] | None = None) -> None:
     """Run what is left, print the tables, and exit with 1 when training stopped an arm."""
     from online_dpo.display import clean, make_console, make_progress
     from online_dpo.display.progress_file import RecordedProgress
@@ -137,7 +140,7 @@ def _go(store: RunStore, model: ResolvedModel, quiet: bool) -> None:
                 console.print("this run is finished; nothing to do", markup=False)
             else:
                 with RecordedProgress(make_progress(quiet, make_console(stderr=True)), store.root) as progress:
-                    stopped = execute(store, model, progress)
+                    stopped = execute(store, model, progress, datasets)
     except KeyboardInterrupt:
         console.print(f"stopped; go on with: online-dpo resume {store.root}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
@@ -163,7 +166,19 @@ def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> 
     if spent:
         amounts = ", ".join(f"{item.replace('_', ' ')} {amount:g}" for item, amount in sorted(spent.items()))
         console.print(clean(f"judges spent: {amounts}"), markup=False, soft_wrap=True)
+    _print_verdict(store, console)
     console.print(f"run folder: {store.root}", markup=False, soft_wrap=True)
+
+
+def _print_verdict(store: RunStore, console: Console) -> None:
+    """Which arm is better, where there are several."""
+    if len(store.experiment.arms) < 2:
+        return
+    from online_dpo.compare import closing_lines
+    from online_dpo.display import clean
+
+    for line in closing_lines(store):
+        console.print(clean(line), markup=False, soft_wrap=True)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -37,6 +37,9 @@ class PromptsSpec(Spec):
     per_round: Positive = 256
     held_out: Positive = 256
     max_tokens: Positive = Field(default=512, description="longer prompts are dropped and counted")
+    template: str | None = Field(
+        default=None, description="default: the tokenizer's own chat template; dialogue: HH-RLHF's turns; a Jinja file"
+    )
 
 
 class SamplingSpec(Spec):
@@ -161,6 +164,11 @@ class ArmSettings(Spec):
             raise ValueError(
                 "dpo.importance_clip weighs by the probability with which answers were sampled: stored log-probs are "
                 "that at sampling.temperature 1 and top_p 1 alone"
+            )
+        kinds = [source_kind(part) for part in parts_of(self.source)]
+        if self.dpo.importance_clip is not None and {"dataset", "spin"} & set(kinds):
+            raise ValueError(
+                "dpo.importance_clip weighs by the probability with which answers were sampled: a dataset's have none"
             )
         return self
 
@@ -337,6 +345,12 @@ class Experiment(ArmSettings):
         return self
 
     @model_validator(mode="after")
+    def _gold_is_there(self) -> Experiment:
+        if self.select == "best_gold" and self.evaluation.gold is None:
+            raise ValueError("select: best_gold needs a judge at evaluation.gold")
+        return self
+
+    @model_validator(mode="after")
     def _arms(self) -> Experiment:
         if not self.arms:
             raise ValueError("arms: at least one arm is needed")
@@ -350,20 +364,41 @@ class Experiment(ArmSettings):
         return self
 
     def _streams(self) -> None:
-        """A stream of this run names another arm, and no two arms wait for each other."""
+        """A stream of this run names another arm with rounds enough, and no two arms wait for each other."""
         for name in self.arms:
-            seen = [name]
-            while (after := self.streamed(seen[-1])) is not None:
-                if after not in self.arms:
-                    raise ValueError(f"arms.{seen[-1]}.source.stream: no arm '{after}'{nearest(after, self.arms)}")
-                if after in seen:
-                    raise ValueError(f"arms.{name}.source.stream: {' waits for '.join([*seen, after])}")
-                seen.append(after)
+            for other in self.streamed(name):
+                if other not in self.arms:
+                    raise ValueError(f"arms.{name}.source.stream: no arm '{other}'{nearest(other, self.arms)}")
+                has, wanted = self.arm(other).rounds, self.arm(name).rounds
+                if has < wanted:
+                    raise ValueError(f"arms.{name}.source.stream: arm '{other}' has {has} rounds, '{name}' {wanted}")
+            self._check_waits([name])
 
-    def streamed(self, name: str) -> str | None:
-        """The arm of this run whose pairs arm `name` trains on; None where there is none."""
-        found = [part.stream for part in parts_of(self.arm(name).source) if isinstance(part, SourceSpec)]
-        return next((stream for stream in found if stream is not None and ":" not in stream), None)
+    def _check_waits(self, waiting: list[str]) -> None:
+        for other in self.streamed(waiting[-1]):
+            if other in waiting:
+                raise ValueError(f"arms.{waiting[0]}.source.stream: {' waits for '.join([*waiting, other])}")
+            if other in self.arms:
+                self._check_waits([*waiting, other])
+
+    def streamed(self, name: str) -> list[str]:
+        """The arms of this run whose pairs or answers arm `name` trains on."""
+        parts = [part for part in parts_of(self.arm(name).source) if isinstance(part, SourceSpec)]
+        return [part.stream for part in parts if part.stream is not None and ":" not in part.stream]
+
+    def run_order(self) -> list[str]:
+        """The arms in their order, but one whose pairs another one streams before that one."""
+        order: list[str] = []
+
+        def add(name: str) -> None:
+            for other in self.streamed(name):
+                add(other)
+            if name not in order:
+                order.append(name)
+
+        for name in self.arms:
+            add(name)
+        return order
 
     def arm(self, name: str) -> ArmSettings:
         """The settings of arm `name`: this experiment's, with the arm's keys changed (mappings merge)."""

@@ -16,6 +16,7 @@ import online_dpo
 from online_dpo.answers import AnswerEncoder
 from online_dpo.arms import Run
 from online_dpo.config import Experiment, JudgeSpec
+from online_dpo.dataset_rows import DatasetRows, Reading
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.files import digest_json, write_json
@@ -33,7 +34,9 @@ from online_dpo.models import ResolvedModel, context_length, end_token_ids, load
 from online_dpo.prompts import PromptSet, load_prompts
 from online_dpo.protocols import Learner, Progress
 from online_dpo.records import read_prompts, write_prompts
+from online_dpo.sources.datasets import check_datasets_unchanged, dataset_records, read_datasets
 from online_dpo.store import RunStore, changed_keys
+from online_dpo.templates import use_template
 from online_dpo.tracking import missing_clients, open_tracking
 from online_dpo.types import Pair, Policy, Probe, Prompt
 
@@ -58,6 +61,8 @@ class Resolved:
     judges: dict[str, str]
     """What `check_judges` returns."""
     human_pairs: HumanPairs = field(default_factory=HumanPairs)
+    datasets: dict[str, DatasetRows] = field(default_factory=dict)
+    """What `read_datasets` returns."""
 
     @property
     def root(self) -> Path:
@@ -76,12 +81,41 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
         folders=[folder],
         trust_remote_code=experiment.trust_remote_code,
     )
-    tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
+    tokenizer = _tokenizer(experiment, model, folder)
     prompts = load_prompts(experiment.prompts, tokenizer, folders=[folder])
+    reading = _reading(experiment, model, tokenizer, (prompts.train, prompts.held_out), folder)
+    datasets = read_datasets(experiment, reading)
     check_losses(experiment, folder)
     missing_clients(experiment.tracking)
     human_pairs = _human_pairs(experiment, model, tokenizer, folder)
-    return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder), human_pairs)
+    return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder), human_pairs, datasets)
+
+
+def _tokenizer(experiment: Experiment, model: ResolvedModel, folder: Path) -> Any:
+    """The model's tokenizer, writing prompts as the experiment says; `folder` is where its YAML lies."""
+    tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
+    return use_template(tokenizer, experiment.prompts.template, [folder])
+
+
+def _reading(
+    experiment: Experiment,
+    model: ResolvedModel,
+    tokenizer: Any,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    folder: Path,
+) -> Reading:
+    """What datasets are read for; `prompts` are the training and the held-out ones."""
+    train, held_out = prompts
+    limits = [limit for limit in (context_length(model.path), experiment.engine.max_model_len) if limit is not None]
+    return Reading(
+        AnswerEncoder(tokenizer, end_token_ids(model.path)),
+        train=tuple(train),
+        held_out=tuple(held_out),
+        longest_prompt=experiment.prompts.max_tokens,
+        longest=min(limits, default=None),
+        system=experiment.prompts.system,
+        folders=(folder,),
+    )
 
 
 def _human_pairs(experiment: Experiment, model: ResolvedModel, tokenizer: Any, folder: Path) -> HumanPairs:
@@ -163,6 +197,7 @@ def open_or_create(resolved: Resolved) -> RunStore:
     check_unchanged(store, resolved.model, resolved.judges, resolved.prompts)
     if _pairs_record(resolved.human_pairs) != store.manifest.get("human_pairs"):
         raise RunFolderError(f"{root}: the pairs of evaluation.pairs are not those that the run began with")
+    check_datasets_unchanged(root, resolved.datasets, store.manifest["datasets"])
     # What may change (a raised budget, for instance) holds from now on.
     store.take_experiment(resolved.experiment)
     return store
@@ -214,14 +249,33 @@ def finished(store: RunStore) -> bool:
     )
 
 
-def execute(store: RunStore, model: ResolvedModel, progress: Progress) -> dict[str, str]:
-    """Run what is left of the run in `store`; returns the arms that training stopped, by reason."""
+def execute(
+    store: RunStore, model: ResolvedModel, progress: Progress, datasets: dict[str, DatasetRows] | None = None
+) -> dict[str, str]:
+    """Run what is left of the run in `store`; returns the arms that training stopped, by reason.
+
+    `datasets` are the run's where they were read already (`Resolved.datasets`); None: they are read now.
+    """
     prompts = read_prompts(store.root / "prompts.parquet")
     if _prompt_digest(prompts["train"], prompts["held_out"]) != store.manifest["prompts"]["digest"]:
         raise RunFolderError(f"{store.root / 'prompts.parquet'} was changed after the run began")
+    if datasets is None:
+        datasets = _datasets_again(store, model, (prompts["train"], prompts["held_out"]))
     with _live(store, model, prompts["train"], prompts["held_out"], progress) as run:
         run.human_pairs = _read_human_pairs(store)
+        run.datasets = datasets
         return run_experiment(run)
+
+
+def _datasets_again(
+    store: RunStore, model: ResolvedModel, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
+) -> dict[str, DatasetRows]:
+    """The datasets of a run that goes on; `RunFolderError` when one is no longer what it was."""
+    folder = Path(store.manifest["folder"])
+    tokenizer = _tokenizer(store.experiment, model, folder)
+    datasets = read_datasets(store.experiment, _reading(store.experiment, model, tokenizer, prompts, folder))
+    check_datasets_unchanged(store.root, datasets, store.manifest["datasets"])
+    return datasets
 
 
 def _read_human_pairs(store: RunStore) -> tuple[Pair, ...]:
@@ -249,7 +303,7 @@ def _live(
     experiment = store.experiment
     bare = Policy("initial", model.path, model.digest)
     length = model_length(experiment, [*train, *held_out], _asks_policy(store))
-    tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
+    tokenizer = _tokenizer(experiment, model, Path(store.manifest["folder"]))
     probe_ids = held_out[0].token_ids[-PROBE_TOKENS:]
     if len(probe_ids) < 2:
         probe_ids = max((prompt.token_ids for prompt in train), key=len)[-PROBE_TOKENS:]
@@ -361,6 +415,7 @@ def _manifest(resolved: Resolved) -> dict[str, Any]:
             "dropped": prompts.dropped,
             "chat_template": prompts.chat,
         },
+        "datasets": dataset_records(resolved.datasets),
         "human_pairs": _pairs_record(resolved.human_pairs),
     }
 

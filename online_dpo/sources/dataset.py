@@ -1,0 +1,87 @@
+"""Pairs that others made: a fixed preference dataset, its own labels or the arm's judge's (offline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from online_dpo.arms import Arm
+from online_dpo.dataset_rows import Row
+from online_dpo.judge_stage import audit_round, judge_round
+from online_dpo.pair_stage import pair_round
+from online_dpo.records import read_candidates, read_verdicts, write_candidates, write_verdicts
+from online_dpo.rounds import Pinned
+from online_dpo.sample_stage import prompts_digest
+from online_dpo.seeds import derive_seed
+from online_dpo.sources.datasets import match_of, rows_of, source_of
+from online_dpo.sources.round_data import RoundData
+from online_dpo.store import RoundFolder, StageRecord
+from online_dpo.types import Candidate, Prompt, Verdict
+
+
+def gather_dataset(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
+    """The rows of the round's prompts; judged anew where the source says `relabel`."""
+    sample = _take_rows(arm, folder, pinned)
+    candidates = read_candidates(folder.path / "candidates.parquet")
+    audit = None
+    if source_of(arm).relabel:
+        judge = judge_round(arm, folder, pinned, candidates, sample)
+        audit = audit_round(arm, folder, pinned, candidates, sample)
+    else:
+        judge = take_labels(folder, candidates, sample, "dataset")
+    verdicts = read_verdicts(folder.path / "verdicts.parquet")
+    pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
+    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair, sampled_by=None)
+
+
+def _take_rows(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
+    """The stage 'sample' of a round that samples nothing."""
+    rows, source = rows_of(arm), source_of(arm)
+
+    def produce(out: Path) -> dict[str, Any]:
+        chosen = row_of_prompts(arm, folder.index, pinned.prompts)
+        candidates = [answer for prompt_id, row in chosen.items() for answer in row.candidates(prompt_id)]
+        write_candidates(out / "candidates.parquet", candidates)
+        missing = len(pinned.prompts) - len(chosen)
+        return {"candidates": len(candidates), "tokens": 0, "given": len(candidates), "without_row": missing}
+
+    inputs = {
+        "dataset": rows.digest,
+        "match": match_of(rows, source, arm.run.train_prompts),
+        "prompts": prompts_digest(pinned.prompts),
+        "seed": f"{arm.seed}/{folder.index}",
+    }
+    return folder.stage("sample", inputs, ["candidates.parquet"], produce)
+
+
+def row_of_prompts(arm: Arm, index: int, prompts: Sequence[Prompt]) -> dict[str, Row]:
+    """The row of each prompt that has one, by the prompt's id. Where a prompt has several, the seed draws."""
+    rows = rows_of(arm)
+    if match_of(rows, source_of(arm), arm.run.train_prompts) == "rows":
+        known = {row.prompt.id: row for row in rows.rows}
+        return {prompt.id: known[prompt.id] for prompt in prompts}
+    found = {}
+    for prompt in prompts:
+        own = rows.of_prompt.get(prompt.id, ())
+        if own:
+            found[prompt.id] = own[derive_seed(arm.seed, "dataset", index, prompt.id) % len(own)]
+    return found
+
+
+def take_labels(folder: RoundFolder, candidates: Sequence[Candidate], sample: StageRecord, label: str) -> StageRecord:
+    """The stage 'judge' where no judge is asked: candidate 0 of each prompt has score 1, the others 0.
+
+    `label` says in every verdict's details whose labels these are.
+    """
+
+    def produce(out: Path) -> dict[str, Any]:
+        verdicts = [
+            Verdict(one.prompt_id, one.index, 1.0 if one.index == 0 else 0.0, {"label": label}) for one in candidates
+        ]
+        write_verdicts(out / "verdicts.parquet", verdicts)
+        # Nobody was asked: the budget counts judgements.
+        return {"verdicts": 0, "abstained": 0, "reasons": {}, "details": {}, "ledger": {}, "labels": len(verdicts)}
+
+    inputs = {"candidates": sample.outputs["candidates.parquet"], "labels": label}
+    return folder.stage("judge", inputs, ["verdicts.parquet"], produce)
