@@ -123,9 +123,15 @@ class RlooSpec(Spec):
         default=0.05, description="β: the reward is score − β·log(π/π_ref) of the whole answer"
     )
     clip: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=10.0, description="an answer weighs π/μ, at most this, since later steps of a round are off-policy"
+        default=10.0,
+        description="an answer weighs π/μ, at most this: later steps of a round are off-policy; null: all weigh 1",
     )
     standardise: bool = Field(default=False, description="scores are divided by their standard deviation in the round")
+
+    def describe(self) -> str:
+        """One line, as `DPOSpec.describe_loss`."""
+        weights = "answers not weighed" if self.clip is None else f"clip {self.clip:g}"
+        return f"rloo, kl {self.kl:g}, summed log-probs, {weights}{', standardised scores' * self.standardise}"
 
 
 class ReferenceSpec(Spec):
@@ -184,7 +190,16 @@ class ArmSettings(Spec):
             raise ValueError(
                 "algorithm: rloo compares an answer with the others of its prompt: sampling.n of 2 or more"
             )
+        if self.rloo.clip is not None and (self.sampling.temperature, self.sampling.top_p) != (1.0, 1.0):
+            raise ValueError(
+                "rloo.clip weighs by the probability with which answers were sampled: stored log-probs are that at "
+                "sampling.temperature 1 and top_p 1 alone (rloo.clip: null weighs all answers 1)"
+            )
         return self
+
+    def describe_objective(self) -> str:
+        """One line: what training minimises, with every key that changes it."""
+        return self.rloo.describe() if self.algorithm == "rloo" else self.dpo.describe_loss()
 
     @field_validator("reference")
     @classmethod

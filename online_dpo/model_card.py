@@ -25,7 +25,7 @@ def write_model_card(arm: Arm, index: int, pinned: Pinned, pairs: int, folder: P
         "seed": str(arm.seed),
         "round": f"{index} of {arm.settings.rounds}",
         "algorithm": arm.settings.algorithm,
-        "loss": arm.settings.dpo.describe_loss(),
+        "loss": arm.settings.describe_objective(),
         "pairs of this round": str(pairs),
         "judge": arm.settings.judge.use,
         "began with": _policy(pinned.start),

@@ -55,7 +55,7 @@ def make_pairs(
     A prompt of `prompts` without any candidate is passed over. Raises `DataError` when a candidate has no verdict,
     stands twice, or belongs to no prompt.
     """
-    judged = _judged(prompts, candidates, verdicts)
+    judged = judged_answers(prompts, candidates, verdicts)
     pairs: list[Pair] = []
     drops: list[str] = []
     for prompt_id, prompt in prompts.items():
@@ -70,15 +70,18 @@ def make_pairs(
                 pairs.append(Pair(prompt, better.candidate, worse.candidate, better.score, worse.score))
             else:
                 drops.append(reason)
-    within = _within_budget(pairs, spec.max_pairs, seed)
+    within = within_budget(pairs, spec.max_pairs, seed)
     drops += ["over_budget"] * (len(pairs) - len(within))
     return PairingResult(tuple(within), {reason: drops.count(reason) for reason in DROP_REASONS if reason in drops})
 
 
-def _judged(
+def judged_answers(
     prompts: Mapping[str, Prompt], candidates: Sequence[Candidate], verdicts: Sequence[Verdict | Abstain]
 ) -> dict[str, list[Scored]]:
-    """Each prompt's candidates that have a score, by index; an empty list where all abstained."""
+    """Each prompt's candidates that have a score, by index; an empty list where all abstained.
+
+    Raises `DataError` when a candidate has no verdict, stands twice, or belongs to no prompt.
+    """
     found = {(verdict.prompt_id, verdict.index): verdict for verdict in verdicts}
     seen: set[tuple[str, int]] = set()
     judged: dict[str, list[Scored]] = {}
@@ -139,7 +142,7 @@ def _fault(better: Scored, worse: Scored, min_margin: float) -> str | None:
     return None
 
 
-def _within_budget(pairs: list[Pair], budget: int | None, seed: int) -> list[Pair]:
+def within_budget(pairs: list[Pair], budget: int | None, seed: int) -> list[Pair]:
     """At most `budget` of the pairs, drawn without replacement, in the order that they had."""
     if budget is None or len(pairs) <= budget:
         return pairs

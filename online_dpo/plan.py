@@ -52,7 +52,7 @@ def _plan_arm(experiment: Experiment, name: str, held_out: int, policy_bytes: in
         rounds=arm.rounds,
         **budget._asdict(),
         disk=kept * policy_bytes + (budget.sampled_tokens - initial_tokens) * BYTES_A_STORED_TOKEN,
-        loss=arm.dpo.describe_loss(),
+        loss=arm.describe_objective(),
     )
 
 

@@ -132,9 +132,9 @@ class FakeLearner:
         policy, reference, source, pairs, dpo = job.policy, job.reference, job.source, job.pairs, job.dpo
         policy_id, out, seed = job.policy_id, job.out, job.seed
         drawn = source and source.digest
-        self.calls.append(("train", policy_id, policy.digest, reference.digest, drawn, list(pairs), seed))
+        self.calls.append(("train", policy_id, policy.digest, reference.digest, drawn, list(pairs or job.groups), seed))
         yield TrainStart("engine" if job.drawn_from_reference else "learner", 1e-6, 2e-6)
-        steps = -(-len(pairs) // dpo.batch_size)
+        steps = -(-len(pairs or job.groups or job.answers) // dpo.batch_size)
         for number in range(1, steps + 1):
             if self.stop(policy_id) and number == steps:
                 raise TrainingError("loss nan")
@@ -143,8 +143,9 @@ class FakeLearner:
                 lr=dpo.lr, r_w=-0.1 * number, r_l=-0.2 * number, tokens=10 * number, seconds=0.5,
             )  # fmt: skip
         tokens = [(pair.prompt.id, pair.chosen.token_ids, pair.rejected.token_ids) for pair in pairs]
+        work = [tokens, job.groups, job.rloo, job.answers] if job.groups or job.answers else tokens
         # Its digest must not depend on the name: two arms with the same inputs train the same policy.
-        yield fake_policy(out, policy_id, policy.digest, reference.digest, drawn, tokens, dpo, seed)
+        yield fake_policy(out, policy_id, policy.digest, reference.digest, drawn, work, dpo, seed)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         self.calls.append(("score", policy.digest, [candidate.prompt_id for _, candidate in items]))
