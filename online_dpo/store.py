@@ -6,12 +6,16 @@
     RUN/manifest.json                       model, prompts and software, by digest; the initial policy's probe
     RUN/prompts.parquet                     all prompts, tokenised, with their split
     RUN/verdicts.sqlite, logps.sqlite       what judges said; references' log-probs that no engine stored
+    RUN/progress.json                       while a process works on the run: how far its stage is
+    RUN/tracked.json, tensorboard/          rounds that trackers have; TensorBoard's event files
     RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
         round.json                          source, reference and prompts: pinned before anything is sampled
         candidates|verdicts|pairs|held_out.parquet, audit.json, audit.png, audit.svg, policy/
         reference/                          the round's reference where it is an average of policies
         stages/STAGE.json                   written last: a stage is done when its record is there
         metrics.json                        written when the round is closed
+        fresh/, part_N/                     what the round's own files were put together from (source: history, mixture)
+    RUN/forked_from/…/round_RR/             of a fork: the stages of the round it was forked at, to be taken over
 
 A stage writes into a folder aside; its files are synced, renamed into place, and then its record is written with
 the digests of what it read and what it wrote. A kill at any moment leaves a stage whole or to be done again.
@@ -73,7 +77,7 @@ class RunStore:
         self.trusted: set[tuple[Path, str]] = set()
         """Stages (round folder, name) that this process did itself or held against their records."""
         self._index: dict[str, Path] = {}
-        for record in sorted(root.glob("arms/*/seed_*/round_*/stages/*.json")):
+        for record in sorted(root.glob("arms/**/stages/*.json")) + sorted(root.glob("forked_from/**/stages/*.json")):
             found = _read_record(record)
             self._index.setdefault(_key(found.stage, found.inputs), record.parent.parent)
 
@@ -162,6 +166,10 @@ class RoundFolder:
         self.path = path
         self.index = index
 
+    def inside(self, name: str) -> RoundFolder:
+        """Folder `name` of this round, for stages of a part of its pairs."""
+        return RoundFolder(self.run, self.path / name, self.index)
+
     @property
     def closed(self) -> bool:
         """Whether the round has been measured and closed."""
@@ -183,6 +191,11 @@ class RoundFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(file, make())
         return _read_json(file)
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """What the round was pinned to."""
+        return _read_json(self.path / "round.json")
 
     def done(self, stage: str) -> StageRecord | None:
         """The record of `stage`, if it is done."""
