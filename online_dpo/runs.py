@@ -34,6 +34,7 @@ from online_dpo.models import ResolvedModel, context_length, end_token_ids, load
 from online_dpo.prompts import PromptSet, load_prompts
 from online_dpo.protocols import Learner, Progress
 from online_dpo.records import read_prompts, write_prompts
+from online_dpo.sft_stage import initial_model
 from online_dpo.sources.datasets import check_datasets_unchanged, dataset_records, read_datasets
 from online_dpo.store import RunStore, changed_keys
 from online_dpo.templates import use_template
@@ -261,7 +262,7 @@ def execute(
         raise RunFolderError(f"{store.root / 'prompts.parquet'} was changed after the run began")
     if datasets is None:
         datasets = _datasets_again(store, model, (prompts["train"], prompts["held_out"]))
-    with _live(store, model, prompts["train"], prompts["held_out"], progress) as run:
+    with _live(store, model, prompts["train"], prompts["held_out"], datasets, progress) as run:
         run.human_pairs = _read_human_pairs(store)
         run.datasets = datasets
         return run_experiment(run)
@@ -295,18 +296,19 @@ def _live(
     model: ResolvedModel,
     train: tuple[Prompt, ...],
     held_out: tuple[Prompt, ...],
+    datasets: dict[str, DatasetRows],
     progress: Progress,
 ) -> Iterator[Run]:
-    """A `Run` with its backends started."""
+    """A `Run` with its backends started, after the stage `sft` where the experiment has one."""
     from online_dpo.backends.factory import start_backends
 
     experiment = store.experiment
-    bare = Policy("initial", model.path, model.digest)
     length = model_length(experiment, [*train, *held_out], _asks_policy(store))
     tokenizer = _tokenizer(experiment, model, Path(store.manifest["folder"]))
     probe_ids = held_out[0].token_ids[-PROBE_TOKENS:]
     if len(probe_ids) < 2:
         probe_ids = max((prompt.token_ids for prompt in train), key=len)[-PROBE_TOKENS:]
+    bare = initial_model(store, Policy("initial", model.path, model.digest), datasets, probe_ids, progress)
     with (
         open_tracking(experiment, store.root, progress.say) or nullcontext() as tracking,
         start_backends(

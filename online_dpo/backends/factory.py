@@ -87,9 +87,7 @@ def start_backends(
     say: Callable[[str], None],
 ) -> Iterator[Backends]:
     """Start Ray, the engine's actor and the learner's workers side by side; stop them all on leaving."""
-    # Ray reads this when it is imported. It is the switch by which Ray keeps all its ports on the loopback address
-    # (its default on desktop systems); otherwise they are open to the network that the machine is in.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    _keep_to_loopback()
     import ray
 
     from online_dpo.backends import ray_cluster as cluster
@@ -101,18 +99,13 @@ def start_backends(
     cluster.start_ray()
     try:
         engine_gpus, worker_gpus = cluster.gpu_shares(experiment.engine, experiment.learner)
-        settings = cluster.ModelSettings(initial, experiment.model, experiment.lora, experiment.trust_remote_code)
+        settings = cluster.ModelSettings(initial, base_name(experiment), experiment.lora, experiment.trust_remote_code)
         threads = experiment.engine.threads or cluster.cores()
         engine_actor = cluster.start_engine_actor(vllm_environment(experiment.engine, threads), engine_gpus)
         workers = cluster.start_learner_actors(experiment.learner, worker_gpus)
-        world = len(workers)
-        address = cluster.wait(workers[0].address.remote(), EngineError, "learner worker 0") if world > 1 else ""
-        building = [
-            worker.build.remote(
-                rank, world, address, settings, experiment.learner, list(probe_token_ids), experiment.engine.share_gpu
-            )
-            for rank, worker in enumerate(workers)
-        ]
+        building = cluster.build_learner(
+            workers, settings, experiment.learner, probe_token_ids, experiment.engine.share_gpu
+        )
         engine_build = engine_actor.build.remote(kind, settings, experiment.engine, max_model_len)
         why, *_ = cluster.wait(building, EngineError, "a learner worker")
         if why:
@@ -121,3 +114,38 @@ def start_backends(
         yield Backends(cluster.RayEngine(engine_actor, kind), cluster.RayLearner(workers), place_judge)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def start_learner(
+    experiment: Experiment, initial: Policy, *, probe_token_ids: Sequence[int], say: Callable[[str], None]
+) -> Iterator[Learner]:
+    """Start Ray and the learner's workers alone, to train all weights of `initial`; stop them on leaving."""
+    _keep_to_loopback()
+    import ray
+
+    from online_dpo.backends import ray_cluster as cluster
+
+    cluster.start_ray()
+    try:
+        _, worker_gpus = cluster.gpu_shares(experiment.engine, experiment.learner)
+        settings = cluster.ModelSettings(initial, experiment.model, None, experiment.trust_remote_code)
+        workers = cluster.start_learner_actors(experiment.learner, worker_gpus)
+        building = cluster.build_learner(workers, settings, experiment.learner, probe_token_ids, share_gpu=False)
+        why, *_ = cluster.wait(building, EngineError, "a learner worker")
+        if why:
+            say(f"learner: {why}")
+        yield cluster.RayLearner(workers)
+    finally:
+        ray.shutdown()
+
+
+def base_name(experiment: Experiment) -> str:
+    """What adapters say they sit on."""
+    return experiment.model if experiment.sft is None else f"{experiment.model} after sft"
+
+
+def _keep_to_loopback() -> None:
+    # Ray reads this when it is imported. It is the switch by which Ray keeps all its ports on the loopback address
+    # (its default on desktop systems); otherwise they are open to the network that the machine is in.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

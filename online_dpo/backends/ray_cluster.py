@@ -295,6 +295,22 @@ def start_learner_actors(spec: LearnerSpec, gpus_per_worker: float, kind: type =
     return [options.remote() for _ in range(spec.workers)]
 
 
+def build_learner(
+    workers: Sequence[ActorHandle],
+    settings: ModelSettings,
+    spec: LearnerSpec,
+    probe_token_ids: Sequence[int],
+    share_gpu: bool,
+) -> list[Any]:
+    """Let `workers` join into a group and load the model; returns what `wait` waits for, in their order."""
+    world = len(workers)
+    address = wait(workers[0].address.remote(), EngineError, "learner worker 0") if world > 1 else ""
+    return [
+        worker.build.remote(rank, world, address, settings, spec, list(probe_token_ids), share_gpu)
+        for rank, worker in enumerate(workers)
+    ]
+
+
 def gpu_shares(engine: EngineSpec, learner: LearnerSpec) -> tuple[float, float]:
     """GPUs for the engine and for each learner worker; zeros where the cluster has none.
 

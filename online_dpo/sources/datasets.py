@@ -16,6 +16,8 @@ from online_dpo.source_spec import DatasetSpec, SourceSpec, parts_of
 from online_dpo.types import Prompt
 
 Match = Literal["prompts", "rows"]
+SFT = "sft"
+"""The key of the dataset that the stage `sft` learns from."""
 
 
 def read_datasets(experiment: Experiment, reading: Reading) -> dict[str, DatasetRows]:
@@ -36,6 +38,11 @@ def read_datasets(experiment: Experiment, reading: Reading) -> dict[str, Dataset
             except DataError as error:
                 raise DataError(f"arm {name}: {error}") from error
             _check_margin(settings, source, name)
+    if experiment.sft is not None:
+        try:
+            found[SFT] = read_dataset(experiment.sft.dataset, reading, answers_alone=experiment.sft.on == "chosen")
+        except DataError as error:
+            raise DataError(f"sft: {error}") from error
     return found
 
 
