@@ -1,0 +1,50 @@
+"""The report as Markdown: the same sentences and tables, its figures by their files."""
+
+from __future__ import annotations
+
+import re
+
+from online_dpo.report.build import ANSWERS
+from online_dpo.report.document import Listing, Report, Section, Table
+
+_MEANT = re.compile(r"([\\`*_\[\]<>|~#&!])")
+"""What Markdown would take for markup in a name or a sentence."""
+
+
+def as_markdown(report: Report, figures: str) -> str:
+    """The whole report; `figures` is the folder of its figures, relative to the Markdown file."""
+    parts = [f"# {escape(report.title)}", escape(report.subtitle)]
+    for section in report.sections:
+        if section.name != ANSWERS:
+            parts += _section(section, figures)
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """`text` on one line, as it is read: nothing in it is markup."""
+    return _MEANT.sub(r"\\\1", " ".join(text.split()))
+
+
+def _section(section: Section, figures: str) -> list[str]:
+    parts = [f"## {escape(section.title)}", *(escape(text) for text in section.text)]
+    if section.items:
+        parts.append("\n".join(f"- {escape(item)}" for item in section.items))
+    parts += [f"![{escape(plot.alt)}]({figures}/{plot.name}.png)" for plot in section.plots]
+    parts += [_table(table) for table in section.tables]
+    parts += [_listing(listing) for listing in section.listings]
+    return parts
+
+
+def _table(table: Table) -> str:
+    figures = [all(row[place].figure for row in table.rows) for place in range(len(table.columns))]
+    head = f"| {' | '.join(escape(column) for column in table.columns)} |"
+    rule = f"|{'|'.join('---:' if figure else '---' for figure in figures)}|"
+    rows = [f"| {' | '.join(escape(cell.text) for cell in row)} |" for row in table.rows]
+    lines = [f"**{escape(table.caption)}**", "", head, rule, *rows]
+    return "\n".join([*lines, "", escape(table.note)] if table.note else lines)
+
+
+def _listing(listing: Listing) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", listing.text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"**{escape(listing.title)}**\n\n{fence}\n{listing.text.rstrip()}\n{fence}"

@@ -1,0 +1,87 @@
+"""The verdict in one sentence, every difference behind it, and what to be careful about."""
+
+from __future__ import annotations
+
+from online_dpo.compare import Difference, Measure
+from online_dpo.confounding import confounded
+from online_dpo.measure import Interval
+from online_dpo.report.document import Cell, Section, Table, bounds, count, figure, percent, words
+from online_dpo.report.subject import Subject
+
+TITLES: dict[Measure, str] = {
+    "reward": "Reward by the held-out judge, a − b",
+    "gold": "Reward by the gold judge, a − b",
+    "win_rate": "Prompts on which a wins against b, ties half",
+    "length_controlled": "The same at equal length (length-controlled)",
+}
+SHARES: tuple[Measure, ...] = ("win_rate", "length_controlled")
+NOTE = (
+    "each arm at its selected round; brackets: 95 % intervals over prompts and seeds; p corrected: Holm's, over all "
+    "differences in this table; more prompts, more seeds: about how many would decide it"
+)
+
+
+def verdict(subject: Subject) -> Section:
+    """The sentence, the rounds that stand for the arms, and the differences by every measure."""
+    tables = [_differences(subject, measure) for measure in TITLES]
+    selected = Table(
+        "selected",
+        "The round that stands for each arm",
+        ("arm", "seed", "round"),
+        tuple((words(one.arm), count(one.seed), count(one.round)) for one in subject.comparison.selected),
+        folded=True,
+    )
+    found = tuple(table for table in (*tables, selected) if table.rows)
+    return Section("verdict", "The verdict", (subject.comparison.verdict,), tables=found)
+
+
+def warnings(subject: Subject) -> Section:
+    """What the comparison warns of, what is missing from the runs, and what their settings confound."""
+    unfinished = [sentence for run in subject.runs for sentence in run.unfinished()]
+    confounds = [sentence for run in subject.runs for sentence in confounded(run.experiment)]
+    found = tuple(dict.fromkeys([*subject.comparison.warnings, *unfinished, *confounds]))
+    text = () if found else ("There are none.",)
+    over = subject.comparison.over_optimised
+    table = Table(
+        "over_optimised",
+        "Over-optimisation: after this round the gold reward fell while the training judge's rose",
+        ("arm", "seed", "best round", "last round", "judge's rise", "gold's fall"),
+        tuple(
+            (
+                words(one.arm),
+                count(one.seed),
+                count(one.peak),
+                count(one.last),
+                bounds(one.proxy_rise, sign=True),
+                bounds(one.gold_fall, sign=True),
+            )
+            for one in over
+        ),
+    )
+    return Section("warnings", "Warnings", text, items=found, tables=(table,) if over else ())
+
+
+def _differences(subject: Subject, measure: Measure) -> Table:
+    rows = [_row(one, measure) for one in subject.comparison.differences if one.measure == measure]
+    name = "difference" if measure not in SHARES else "share"
+    columns = ("a", "b", name, "verdict", "p", "p corrected", "prompts", "seeds", "more prompts", "more seeds")
+    return Table(f"differences_{measure}", TITLES[measure], columns, tuple(rows), NOTE)
+
+
+def _row(one: Difference, measure: Measure) -> tuple[Cell, ...]:
+    return (
+        words(one.a),
+        words(one.b),
+        _interval(one.interval, measure),
+        words(one.verdict),
+        figure(one.p, places=4),
+        figure(one.p_corrected, places=4),
+        count(one.prompts),
+        count(one.seeds),
+        count(one.more_prompts),
+        count(one.more_seeds),
+    )
+
+
+def _interval(value: Interval, measure: Measure) -> Cell:
+    return percent(value) if measure in SHARES else bounds(value, sign=True)
