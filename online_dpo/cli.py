@@ -19,6 +19,7 @@ from online_dpo.commands.judge_ask import judge_ask
 from online_dpo.commands.judge_audit import judge_audit
 from online_dpo.commands.judge_fit import judge_fit
 from online_dpo.commands.judge_train import judge_train
+from online_dpo.commands.report import report
 from online_dpo.commands.watch import watch
 from online_dpo.config import Experiment, load_experiment
 
@@ -54,6 +55,7 @@ Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed i
 
 app.command("init")(init)
 app.command("compare")(compare)
+app.command("report")(report)
 app.command("watch")(watch)
 app.command("export")(export)
 
@@ -94,20 +96,21 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         from online_dpo.plan import differences, plan_arms
         from online_dpo.plan_display import plan_tables, warning_lines
         from online_dpo.runs import resolve
+        from online_dpo.sft_stage import describe_sft
         from online_dpo.sources.datasets import describe_datasets
 
         resolved = resolve(spec, experiment.parent)
         console = make_console()
-        console.print(
-            f"model: {resolved.model.name} ({resolved.model.origin}, digest {resolved.model.digest[:12]})\n"
+        lines = [
+            f"model: {resolved.model.name} ({resolved.model.origin}, digest {resolved.model.digest[:12]})",
             f"prompts: {len(resolved.prompts.train)} to train, {len(resolved.prompts.held_out)} held out, "
-            f"dropped {resolved.prompts.dropped}\n"
-            f"{''.join(line + chr(10) for line in describe_datasets(resolved.datasets))}"
-            f"{choose_engine(spec, resolved.model.path)[1]}\n"
+            f"dropped {resolved.prompts.dropped}",
+            *describe_datasets(resolved.datasets),
+            *describe_sft(spec, resolved.datasets),
+            choose_engine(spec, resolved.model.path)[1],
             f"run folder: {resolved.root}",
-            markup=False,
-            soft_wrap=True,
-        )
+        ]
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print(plan_tables(plan_arms(resolved), differences(spec), len(spec.seeds)))
         warnings = confounded(spec, lambda judge: judge_digest(judge, [resolved.folder]))
         if warnings:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from online_dpo.config import PromptsSpec
 from online_dpo.errors import DataError
 from online_dpo.prompts import encode, load_prompts, prompts_for_round, split
+from online_dpo.templates import use_template
 from online_dpo.types import Message, Prompt
 
 ROOT = Path(__file__).parents[1]
@@ -416,3 +417,74 @@ def test_reviews_load_with_the_experiments_sizes() -> None:
     assert loaded.dropped == {"empty": 0, "duplicate": 0, "too_long": 0}
     kinds = Counter(prompt.id.split("-")[0] for prompt in loaded.held_out)
     assert min(kinds.values()) >= 10
+
+
+# --- preference files and dialogues ---
+
+
+def dialogue_tokenizer() -> Any:
+    return use_template(make_tokenizer(), "dialogue")
+
+
+def test_a_preference_file_gives_its_prompts(tmp_path: Path) -> None:
+    """HH-RLHF has no prompt column: the turns before the answers are the prompt, once for all its pairs."""
+    asked = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    rows = [
+        {"chosen": f"{asked} yes", "rejected": f"{asked} no"},
+        {"chosen": f"{asked} sure", "rejected": f"{asked} never"},
+        {"chosen": "\n\nHuman: hi\n\nAssistant: x", "rejected": "\n\nHuman: hi\n\nAssistant: y"},
+        {"chosen": "\n\nHuman: z\n\nAssistant: x", "rejected": "\n\nHuman: other\n\nAssistant: y"},
+    ]
+    path = write_rows(tmp_path / "hh.jsonl", rows)
+    loaded = load_prompts(spec(path, system="Be kind."), dialogue_tokenizer())
+    found = {PLAIN.decode(prompt.token_ids) for prompt in loaded.train + loaded.held_out}
+    assert found == {
+        "<s>\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+        "<s>Be kind.\n\nHuman: hi\n\nAssistant:",  # as before plain text
+    }
+    assert loaded.dropped == {"empty": 0, "duplicate": 1, "too_long": 0, "prompts_differ": 1}
+    assert loaded.chat
+    with pytest.raises(DataError, match=r"no chat template.*prompts\.template: dialogue"):
+        load_prompts(spec(path), PLAIN)
+
+
+def test_other_prompt_columns_of_preference_files(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i}?", "chosen": "x", "rejected": "y"} for i in range(3)]
+    path = write_rows(tmp_path / "q.jsonl", rows)
+    assert all_texts(path) == [f"What is {i}?" for i in range(3)]
+    other = write_rows(tmp_path / "o.jsonl", [{"question": "a", "chosen": "x"}])
+    with pytest.raises(DataError, match="no column 'questn'"):
+        load_prompts(spec(other, column="questn"), PLAIN)
+
+
+def test_a_text_of_turns_is_read_as_turns_where_a_template_writes_them(tmp_path: Path) -> None:
+    """Behind no template it stays the text that it is."""
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": text}, {"prompt": "plain"}])
+    assert text in all_texts(path)
+    chats = {CHAT.decode(prompt.token_ids) for group in _both(path, CHAT) for prompt in group}
+    assert chats == {"<s>[user]a[assistant]b[user]c[assistant]", "<s>[user]plain[assistant]"}
+    dialogues = {PLAIN.decode(prompt.token_ids) for group in _both(path, dialogue_tokenizer()) for prompt in group}
+    assert dialogues == {f"<s>{text}", "<s>\n\nHuman: plain\n\nAssistant:"}
+    answered = write_rows(tmp_path / "a.jsonl", [{"prompt": f"{text} d"}])
+    with pytest.raises(DataError, match="row 1: column 'prompt': ends with an assistant turn"):
+        load_prompts(spec(answered), CHAT)
+
+
+def _both(path: Path, tokenizer: Any) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    loaded = load_prompts(spec(path), tokenizer)
+    return loaded.train, loaded.held_out
+
+
+def test_real_dialogues() -> None:
+    """HH-RLHF helpful-base: 2354 rows, 9 whose prompts differ, 2 identical pairs; every row is a prompt or counted."""
+    path = ROOT.parent / "shared" / "data" / "pairs" / "helpful-base.test.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("the human comparisons (../shared/data/pairs) are not on this machine")
+    loaded = load_prompts(spec(path, held_out=100, max_tokens=100_000), dialogue_tokenizer())
+    prompts = loaded.train + loaded.held_out
+    assert (loaded.dropped["prompts_differ"], loaded.dropped["identical"]) == (9, 2)
+    assert len(prompts) + sum(loaded.dropped.values()) == 2354
+    for prompt in prompts[:50]:
+        assert PLAIN.decode(prompt.token_ids).startswith("<s>\n\nHuman: ")
+        assert PLAIN.decode(prompt.token_ids).endswith("\n\nAssistant:")
