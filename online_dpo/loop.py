@@ -13,8 +13,8 @@ from online_dpo.evaluate_stage import evaluate_policy, held_out_figures
 from online_dpo.human_pairs_stage import rank_human_pairs
 from online_dpo.off_policy_stage import off_policy_figures, score_off_policy
 from online_dpo.reference_stage import average_reference
-from online_dpo.rounds import Pinned, pin, still_needed
-from online_dpo.sources import gather, round_prompts
+from online_dpo.rounds import Pinned, pin, sampled_in, still_needed
+from online_dpo.sources import gather, refresh_figures, round_prompts
 from online_dpo.store import RoundFolder, RunStore
 from online_dpo.train_stage import train_round
 from online_dpo.types import Policy
@@ -29,7 +29,7 @@ def run_experiment(run: Run) -> dict[str, str]:
         run.progress.say(f"warning: {line}")
     stopped: dict[str, str] = {}
     for seed in run.experiment.seeds:
-        for name in run.experiment.arms:
+        for name in run.experiment.run_order():
             arm = Arm(run, name, seed, run.experiment.arm(name))
             try:
                 run_arm(arm)
@@ -63,7 +63,7 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     off_policy = score_off_policy(arm, folder, pinned, data, policy)
     evaluate = evaluate_policy(arm, folder, policy, pinned.reference)
     human = rank_human_pairs(arm, folder, policy)
-    done = [folder.done("reference"), *data.records, train, off_policy, evaluate, human]
+    done = [folder.done("reference"), folder.done("refresh"), *data.records, train, off_policy, evaluate, human]
     stages = [record for record in done if record is not None]
     folder.close(
         {
@@ -72,6 +72,7 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
             "reference": _ref(pinned.reference),
             "held_out": held_out_figures(arm, folder),
             "off_policy": off_policy_figures(arm, folder, pinned, data),
+            "refresh": refresh_figures(folder),
             "sample": data.sample.info,
             "judge": data.judge.info,
             "audit": None if data.audit is None else data.audit.info,
@@ -117,7 +118,7 @@ def _discard(arm: Arm, index: int) -> None:
     keep = arm.run.experiment.keep
     if keep == "all":
         return
-    needed = still_needed(arm.settings, index)
+    needed = still_needed(arm.settings, index, sampled_in(arm.folder(index)))
     policies = needed.policies | {index}
     if keep == "best":
         policies |= {_best_round(arm, index)}
@@ -129,7 +130,17 @@ def _discard(arm: Arm, index: int) -> None:
 
 
 def _best_round(arm: Arm, index: int) -> int:
-    """The round with the highest held-out mean reward so far (the earliest of equals)."""
+    """The best round so far: the one that a comparison would choose by `select`; where that is the last, the one with
+    the highest held-out mean reward (the earliest of equals)."""
+    experiment = arm.run.experiment
+    if experiment.select != "last":
+        from online_dpo.compare.reading import read_round
+        from online_dpo.compare.selecting import selected_round
+
+        past_rounds = {
+            past: read_round(experiment, arm.folder(past), arm.name, arm.seed) for past in range(1, index + 1)
+        }
+        return selected_round(past_rounds, experiment.select)
 
     def reward(past: int) -> float:
         mean = arm.folder(past).metrics["held_out"]["reward"]["mean"]

@@ -155,8 +155,13 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     write_rows(path, PAIRS, rows)
 
 
-def read_pairs(path: Path, prompts: Mapping[str, Prompt], candidates: Sequence[Candidate]) -> list[Pair]:
-    """The pairs of `path` with the very tokens and log-probs of `candidates`."""
+def read_pairs(
+    path: Path, prompts: Mapping[str, Prompt], candidates: Sequence[Candidate], *, other_prompts: bool = False
+) -> list[Pair]:
+    """The pairs of `path` with the very tokens and log-probs of `candidates`.
+
+    With `other_prompts` the file may hold pairs of prompts that are not among `prompts`; they are left out.
+    """
     known = {(candidate.prompt_id, candidate.index): candidate for candidate in candidates}
     return [
         Pair(
@@ -167,6 +172,7 @@ def read_pairs(path: Path, prompts: Mapping[str, Prompt], candidates: Sequence[C
             rejected_score=row["rejected_score"],
         )
         for row in read_rows(path, PAIRS)
+        if not other_prompts or row["prompt_id"] in prompts
     ]
 
 

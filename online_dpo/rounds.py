@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from online_dpo.config import ArmSettings, ReferenceSpec
 from online_dpo.errors import RunFolderError
 from online_dpo.policies import read_policy
-from online_dpo.source_spec import SourceSpec
+from online_dpo.source_spec import SourceSpec, parts_of, source_kind
 from online_dpo.store import RoundFolder, RunStore
 from online_dpo.types import Policy, Prompt
 
@@ -51,12 +51,28 @@ class ArmPolicies:
 
 
 def source_index(settings: ArmSettings, index: int) -> int:
-    """The round whose policy samples round `index` (1-based): current t−1, initial 0, every k: the last refresh."""
+    """The round whose policy samples round `index` (1-based): current t−1, initial 0, every k: the last refresh.
+
+    t−1 too for what samples nothing, where it is the policy that a judge may ask; for `refresh_when` in a round that
+    samples; for a mixture, whose parts have their own (`part_indices`).
+    """
     if settings.source == "initial":
         return 0
     if isinstance(settings.source, SourceSpec) and settings.source.every is not None:
         return _last_refresh(settings.source.every, index)
     return index - 1
+
+
+def part_indices(settings: ArmSettings, index: int) -> list[int]:
+    """`source_index` of each part of a mixture; of any other source alone."""
+    parts = parts_of(settings.source)
+    return [source_index(settings.model_copy(update={"source": part}), index) for part in parts]
+
+
+def sampled_in(folder: RoundFolder) -> int:
+    """The round whose answers the round of `folder` trains on: another one where `refresh_when` refreshed nothing."""
+    refresh = folder.done("refresh")
+    return folder.index if refresh is None else int(refresh.info["sampled_in_round"])
 
 
 def averaging(settings: ArmSettings) -> float | None:
@@ -90,7 +106,7 @@ def pin(folder: RoundFolder, policies: ArmPolicies, settings: ArmSettings, promp
     index = folder.index
     chosen = {
         "start": index - 1,
-        "source": source_index(settings, index),
+        "source": source_index(settings, sampled_in(folder)),
         "reference": reference_index(settings, index),
     }
 
@@ -129,10 +145,16 @@ class Needed(NamedTuple):
     references: set[int]
 
 
-def still_needed(settings: ArmSettings, after: int) -> Needed:
-    """What rounds after round `after` begin with, sample from, refer to, or average into their references."""
+def still_needed(settings: ArmSettings, after: int, sampled: int | None = None) -> Needed:
+    """What rounds after round `after` begin with, sample from, refer to, or average into their references.
+
+    `sampled`: the round whose answers round `after` trained on (`sampled_in`). Where later rounds may train on them
+    again, the policy that sampled them is needed too.
+    """
     later = range(after + 1, settings.rounds + 1)
-    wanted = {at for t in later for at in (t - 1, source_index(settings, t), reference_index(settings, t))}
+    wanted = {at for t in later for at in (t - 1, *part_indices(settings, t), reference_index(settings, t))}
+    if later and sampled is not None and source_kind(settings.source) == "refresh_when":
+        wanted.add(source_index(settings, sampled))
     averages = averaging(settings) is not None
     # Round t's average is made of round t−1's; round 1 refers to the initial policy, and has none of its own.
     references = {t - 1 for t in later if averages and 1 < t - 1 <= after}

@@ -15,6 +15,7 @@
         stages/STAGE.json                   written last: a stage is done when its record is there
         metrics.json                        written when the round is closed
         fresh/, part_N/                     what the round's own files were put together from (source: history, mixture)
+        block_NNN/                          the same, of a round whose source is refreshed within it (every_steps)
     RUN/forked_from/…/round_RR/             of a fork: the stages of the round it was forked at, to be taken over
 
 A stage writes into a folder aside; its files are synced, renamed into place, and then its record is written with
@@ -161,14 +162,16 @@ class RunStore:
 class RoundFolder:
     """One round of one arm and seed."""
 
-    def __init__(self, run: RunStore, path: Path, index: int) -> None:
+    def __init__(self, run: RunStore, path: Path, index: int, title: str = "") -> None:
         self.run = run
         self.path = path
         self.index = index
+        self.title = title or f"round {index}"
+        """How it is called on the screen."""
 
-    def inside(self, name: str) -> RoundFolder:
-        """Folder `name` of this round, for stages of a part of its pairs."""
-        return RoundFolder(self.run, self.path / name, self.index)
+    def inside(self, name: str, title: str = "") -> RoundFolder:
+        """Folder `name` of this round, for stages of a part of its pairs, called `title` behind the round's own."""
+        return RoundFolder(self.run, self.path / name, self.index, f"{self.title} {title}".rstrip())
 
     @property
     def closed(self) -> bool:
