@@ -207,19 +207,22 @@ def over_prompts(
     count = len(sums)
     if not count:
         return _none()
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         figure = float(statistic(sums.sum(axis=0)))
-        if count < 2 or not np.all(np.isfinite(sums)) or not math.isfinite(figure):
+        if count < 2 or not np.all(np.isfinite(sums)):
             return Interval(figure, math.nan, math.nan, count)
         random = np.random.default_rng(seed)
         at_once = max(1, CHUNK // count)
         even = np.full(count, 1 / count)
-        drawn = [
+        parts = [
             statistic(random.multinomial(count, even, min(at_once, RESAMPLES - done)) @ sums)
             for done in range(0, RESAMPLES, at_once)
         ]
+    drawn = np.concatenate(parts)
+    if np.any(np.isinf(drawn)) or not math.isfinite(figure):
+        return Interval(figure, math.nan, math.nan, count)
     # A resample of answers whose weights all underflow beside the largest has no figure.
-    low, high = np.nanquantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(figure, min(figure, float(low)), max(figure, float(high)), count)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.arms import Arm
+from online_dpo.config import Experiment
 from online_dpo.evaluate_stage import own_distribution
 from online_dpo.measure import Logprobs
 from online_dpo.off_policy import Distance, displacement, distance, margins, positive, staleness
@@ -15,7 +16,9 @@ from online_dpo.rounds import Pinned
 from online_dpo.scored_records import ScoredAnswer, read_off_policy, write_off_policy
 from online_dpo.scoring import score_answers
 from online_dpo.seeds import derive_seed
+from online_dpo.source_spec import SourceSpec, parts_of, source_kind
 from online_dpo.sources.round_data import RoundData
+from online_dpo.sources.streamed import find_streamed
 from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.types import Candidate, Pair, Policy, Prompt
 
@@ -118,7 +121,7 @@ def off_policy_figures(arm: Arm, folder: RoundFolder, pinned: Pinned, data: Roun
     if folder.done("off_policy") is None:
         return None
     answers = read_off_policy(folder.path / "off_policy.parquet")
-    exact = own_distribution(arm.settings.sampling)
+    exact = drawn_exactly(arm.run.experiment, arm.name, arm.seed, arm.run.judge_folders)
     prompts = [answer.prompt_id for answer in answers]
     stored = [answer.behaviour_logprobs for answer in answers]
     start, end = ([answer.start_logprobs for answer in answers], [answer.end_logprobs for answer in answers])
@@ -134,6 +137,27 @@ def off_policy_figures(arm: Arm, folder: RoundFolder, pinned: Pinned, data: Roun
         "displacement": {role: _displaced(answers, role) for role in ("chosen", "rejected")},
         "implicit_accuracy": _implicit_accuracy(answers),
     }
+
+
+def drawn_exactly(experiment: Experiment, name: str, seed: int, folders: Sequence[Path]) -> bool:
+    """Whether all answers of an arm that a policy sampled were drawn from that policy itself.
+
+    Those of a stream by the settings of the arm that made them, which may be another run's, found in `folders`.
+    """
+    settings = experiment.arm(name)
+    for part in parts_of(settings.source):
+        stream = part.stream if isinstance(part, SourceSpec) else None
+        if stream is None:
+            exact = source_kind(part) == "dataset" or own_distribution(settings.sampling)
+        elif ":" in stream:
+            other = find_streamed(stream, seed, folders, model=None)
+            found = [Path(other.store.manifest["folder"])]
+            exact = drawn_exactly(other.store.experiment, other.name, seed, found)
+        else:
+            exact = drawn_exactly(experiment, stream, seed, folders)
+        if not exact:
+            return False
+    return True
 
 
 def _staleness(arm: Arm, index: int, sampled_by: Policy | None) -> int | None:

@@ -21,6 +21,7 @@ from online_dpo.measure import (
     mean_interval,
     paired_change,
     summarise_held_out,
+    token_entropy,
     win_rate,
 )
 from online_dpo.types import Candidate, FinishReason
@@ -240,6 +241,22 @@ def test_effective_sample_size() -> None:
     assert math.isnan(effective_sample_size([]))
 
 
+def test_entropy_is_the_mean_surprise_of_own_tokens() -> None:
+    """ln 2, ln 4 and ln 4 over three tokens, whatever answer they stand in; the fair coin's is ln 2 exactly."""
+    rows = [[-math.log(2), -math.log(4)], [-math.log(4)]]
+    assert token_entropy(rows) == pytest.approx(5 * math.log(2) / 3)
+    assert token_entropy([[math.log(0.5)] * 7]) == pytest.approx(math.log(2))
+    assert math.isnan(token_entropy([[], []]))
+
+
+def test_entropy_is_unbiased_along_own_samples() -> None:
+    """E_θ[−ln θ] over the three tokens is the entropy of θ: ½ ln 2 + ¼ ln 4 + ¼ ln 4 = 1½ ln 2."""
+    own = [[math.log(p)] for p in THETA.values()]
+    exact = -sum(p * math.log(p) for p in THETA.values())
+    assert sum(p * token_entropy([row]) for p, row in zip(THETA.values(), own, strict=True)) == pytest.approx(exact)
+    assert exact == pytest.approx(1.5 * math.log(2))
+
+
 def test_length_stats() -> None:
     """Lengths 1 and 3: mean 2; one of two stopped."""
     stats = length_stats([candidate(0, "", (0.0,)), candidate(1, "", (0.0, 0.0, 0.0), "length")])
@@ -297,6 +314,29 @@ def test_summary_of_a_policy_that_had_a_reference() -> None:
     assert summarise_held_out(current, [1.0, 1.0], [1.0, 1.0], initial)["kl_reference"] is None
     with pytest.raises(ValueError, match="2 and 1 completions"):
         summarise_held_out(current, [1.0, 1.0], [1.0, 1.0], initial, reference[:1])
+
+
+def test_summary_with_a_gold_judge_by_hand() -> None:
+    """Three prompts; the judge says 1 → 2 thrice, the gold judge 5 → 4, an abstention, and 3 → 3.
+
+    gold (4 + 3)/2, change (−1 + 0)/2, win rate (0 + ½)/2 over two prompts; the judge's own are over all three.
+    """
+    current = [candidate(index, "a b c d", (-1.0, -3.0)) for index in range(3)]
+    own = [answer.logprobs for answer in current]
+    gold = ([4.0, None, 3.0], [5.0, 1.0, 3.0])
+    summary = summarise_held_out(current, [2.0] * 3, [1.0] * 3, own, gold=gold)
+    assert (summary["abstained"], summary["gold_abstained"]) == (0, 1)
+    assert summary["reward_change"]["mean"] == 1.0
+    assert summary["gold"] == {"mean": 3.5, "low": 3.0, "high": 4.0}
+    assert summary["gold_change"] == {"mean": -0.5, "low": -1.0, "high": 0.0}
+    assert summary["gold_win_rate"]["mean"] == 0.25
+    assert (summary["entropy"], summary["self_bleu"]) == (2.0, pytest.approx(1.0))
+    without = summarise_held_out(current, [2.0] * 3, [1.0] * 3, own)
+    names = ("gold", "gold_change", "gold_win_rate", "gold_abstained")
+    assert [without[name] for name in names] == [None] * 4
+    assert {k: v for k, v in without.items() if k not in names} == {k: v for k, v in summary.items() if k not in names}
+    with pytest.raises(ValueError, match="one entry a prompt"):
+        summarise_held_out(current, [2.0] * 3, [1.0] * 3, own, gold=([1.0], [1.0]))
 
 
 def test_summary_of_the_initial_policy_itself() -> None:

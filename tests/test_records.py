@@ -114,7 +114,16 @@ def test_prompts(train: list[Prompt], held_out: list[Prompt]) -> None:
 @SLOW_DISK
 @given(
     st.lists(
-        st.builds(HeldOutAnswer, CANDIDATE, SCORES | st.none(), TEXT | st.none(), LOGPROBS, LOGPROBS | st.none()),
+        st.builds(
+            HeldOutAnswer,
+            CANDIDATE,
+            SCORES | st.none(),
+            TEXT | st.none(),
+            LOGPROBS,
+            LOGPROBS | st.none(),
+            SCORES | st.none(),
+            TEXT | st.none(),
+        ),
         max_size=3,
     )
 )
