@@ -72,10 +72,40 @@ def test_what_is_refused(settings: dict[str, Any], says: str) -> None:
     assert says in fault(**settings)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "away"),
+    [
+        ("beta", 0.2, "leave it out, or at its default 0.1"),
+        ("nll_weight", 0.1, "leave it out, or at its default 0.0"),
+        ("dpop_lambda", 1.0, ""),
+        ("length_penalty", 0.1, ""),
+        ("ld_alpha", 0.5, "leave it out"),
+        ("wpo_weight", True, "leave it out, or at its default False"),
+        ("importance_clip", 2.0, "leave it out"),
+        ("xpo_alpha", 0.1, ""),
+    ],
+)
+def test_a_loss_of_chosen_answers_reads_nothing_that_compares(key: str, value: Any, away: str) -> None:
+    """Any of these would be ignored."""
+    said = fault(loss="sft", **{key: value})
+    assert away in said
+    assert f"'{key}'" in said
+
+
+def test_an_arm_of_chosen_answers_among_arms_of_pairs() -> None:
+    """The experiment's β, at its default, is no fault of the arm's."""
+    arms = {"dpo": {}, "best_of_n": {"dpo": {"loss": "sft"}}}
+    found = validate_experiment({**MINIMAL, "dpo": {"beta": 0.1}, "arms": arms}, "x.yaml")
+    assert found.arm("best_of_n").dpo.chosen_alone
+    assert not found.arm("dpo").dpo.chosen_alone
+
+
 def test_summed_or_averaged() -> None:
     """Averaged by definition, by the user's word, and not otherwise."""
     for name in set(LOSS_NAMES) - {"ipo"}:
-        assert experiment(loss=name, **NEEDED.get(name, {})).dpo.averaged == (name in ("sigmoid_norm", "simpo"))
+        assert experiment(loss=name, **NEEDED.get(name, {})).dpo.averaged == (
+            name in ("sigmoid_norm", "simpo", "sft")
+        )
     assert experiment(loss="sigmoid", length_normalize=True).dpo.averaged
     assert experiment(loss="ipo", length_normalize=True).dpo.averaged
     assert not experiment(loss="ipo", length_normalize=False).dpo.averaged
@@ -133,6 +163,7 @@ def test_params_that_are_not_finite_are_refused() -> None:
             "importance_clip 2",
         ),
         ({"xpo_alpha": 1e-5}, "sigmoid, beta 0.1, summed log-probs, xpo_alpha 1e-05"),
+        ({"loss": "sft"}, "sft on the chosen answers, averaged log-probs"),
     ],
 )
 def test_the_loss_in_one_line(settings: dict[str, Any], text: str) -> None:

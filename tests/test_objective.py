@@ -14,7 +14,7 @@ from torch import Tensor
 
 from online_dpo import losses
 from online_dpo.config import DPOSpec
-from online_dpo.dpo_spec import LOSS_NAMES
+from online_dpo.dpo_spec import PAIR_LOSSES
 from online_dpo.errors import ConfigError, TrainingError
 from online_dpo.losses import LN2, LogRatios, aot_reference
 from online_dpo.objective import BUILT_IN, Objective, PairBatch, TokenLogps
@@ -127,10 +127,15 @@ def test_chosen_and_rejected_come_in_pairs() -> None:
 
 
 def test_every_name_has_a_loss() -> None:
-    assert set(BUILT_IN) == set(LOSS_NAMES)
+    assert set(BUILT_IN) == set(PAIR_LOSSES)
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_loss_of_chosen_answers_alone_is_no_objective_of_pairs() -> None:
+    with pytest.raises(ValueError, match="loss 'sft' is of chosen answers alone"):
+        Objective(DPOSpec(loss="sft"))
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_each_name_is_the_loss_of_its_name(name: str) -> None:
     """Log-ratios summed in plain Python, the loss function called by hand: a mixed-up mapping would show."""
     batch = full_batch()
@@ -191,7 +196,7 @@ def test_ipo_summed_and_averaged_are_two_losses() -> None:
         assert out.ratios.r_w.tolist() == pytest.approx(r_w, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 @pytest.mark.parametrize("modified", [False, True])
 def test_gradients_are_those_of_finite_differences(name: str, modified: bool) -> None:
     """With respect to every token's log-prob, float64, plain and with every modifier.
@@ -315,7 +320,7 @@ NEEDS = {
 }
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 @pytest.mark.parametrize("modifier", [None, *ALL_MODIFIERS])
 def test_an_objective_needs_what_it_says_and_nothing_more(name: str, modifier: str | None) -> None:
     """With every part that it does not name left out it works; without one that it names it says which."""
@@ -415,7 +420,7 @@ def test_mean_reward_is_of_what_the_loss_saw() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_the_dtype_is_the_policys(name: str, dtype: torch.dtype) -> None:
     modifiers = {key: value for key, value in ALL_MODIFIERS.items() if (name, key) != ("simpo", "dpop_lambda")}
     assert Objective(spec(name, **modifiers))(full_batch(dtype)).losses.dtype == dtype

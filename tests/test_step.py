@@ -25,7 +25,7 @@ from online_dpo.backends.reference_logps import PairLogps
 from online_dpo.backends.step import StepLoss
 from online_dpo.backends.stepping import StepSums
 from online_dpo.config import DPOSpec
-from online_dpo.dpo_spec import LOSS_NAMES
+from online_dpo.dpo_spec import PAIR_LOSSES
 from online_dpo.errors import TrainingError
 from online_dpo.losses import LN2
 from online_dpo.objective import Objective
@@ -318,7 +318,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSS_NAMES)
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_every_loss_trains(initial: Policy, pairs: list[Pair], tmp_path: Path, loss: str) -> None:
     """Two steps on a fresh round of engine log-probs: the first step's check passes, figures are finite, weights move.
 
@@ -333,10 +333,12 @@ def test_every_loss_trains(initial: Policy, pairs: list[Pair], tmp_path: Path, l
     assert len(steps) == 2
     for step in steps:
         numbers = [step.loss, step.margin, step.accuracy, step.grad_norm, step.lr, step.r_w, step.r_l, step.seconds]
-        assert all(math.isfinite(value) for value in numbers)
+        assert all(value is not None and math.isfinite(value) for value in numbers)
         assert step.grad_norm > 0 and step.tokens > 0
     # The slope of discopop at z = 0 is (1 − ln 2)/(4τ) − ¾ = 0.78: the other way.
-    assert (steps[1].margin > steps[0].margin) == (loss != "discopop")
+    first, second = (step.margin for step in steps)
+    assert first is not None and second is not None
+    assert (second > first) == (loss != "discopop")
     assert farthest([p.detach() for p in learner.model.trainable], before) > 0
     assert policy.digest != initial.digest
 
@@ -434,6 +436,7 @@ def test_running_mean_is_of_all_pairs_before(
     deltas = []
     for step in steps:
         deltas.append(delta)
+        assert step.r_w is not None and step.r_l is not None
         reward = 0.3 * (step.r_w + step.r_l) / 2
         delta, seen = (delta * seen + 2 * reward) / (seen + 2), seen + 2
     assert abs(deltas[2]) > 0.05
