@@ -161,8 +161,11 @@ def _spent(cache: Path) -> dict[str, float]:
     """The ledgers' totals, by a connection that cannot write."""
     if not cache.is_file():
         return {}
+    # Even a reader would lay out the log of what is not in the file yet, where no writer has.
+    alone = not cache.with_name(f"{cache.name}-wal").exists()
+    address = f"{cache.resolve().as_uri()}?mode=ro{'&immutable=1' if alone else ''}"
     try:
-        with closing(sqlite3.connect(f"{cache.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(address, uri=True)) as connection:
             return dict(connection.execute("SELECT item, SUM(amount) FROM ledger GROUP BY item"))
     except sqlite3.Error:
         # No table yet, or a write of another process at this very moment: the next look will tell.

@@ -34,13 +34,13 @@ def table(card: str) -> dict[str, str]:
     return {row[0].strip(): row[1].strip() for row in cells if len(row) == 2}
 
 
-def started(root: Path, model: dict[str, Any], **changes: Any) -> World:
-    RunStore.create(root, experiment(**changes), {"model": model})
+def started(root: Path, origin: str = "hub", **changes: Any) -> World:
+    RunStore.create(root, experiment(**changes), {"model": {"origin": origin}})
     return World(root, experiment(**changes))
 
 
 def test_the_card_says_what_the_policy_was_trained_on(tmp_path: Path) -> None:
-    world = started(tmp_path / "run", {"origin": "hub"}, model="org/name").go()
+    world = started(tmp_path / "run", model="org/name").go()
     card = card_of(world, "self_offline", 2)
     assert front_matter(card) == {
         "base_model": "org/name",
@@ -64,12 +64,12 @@ def test_the_card_says_what_the_policy_was_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_round_one_began_with_has_no_divergence(tmp_path: Path) -> None:
-    world = started(tmp_path / "run", {"origin": "hub"}).go()
+    world = started(tmp_path / "run").go()
     assert "KL of what it began with to the initial model" not in table(card_of(world, "on_policy", 1))
 
 
 def test_an_adapter_names_peft(tmp_path: Path) -> None:
-    world = started(tmp_path / "run", {"origin": "hub"}, lora={}).go()
+    world = started(tmp_path / "run", lora={}).go()
     card = card_of(world, "on_policy", 1)
     assert front_matter(card)["library_name"] == "peft"
     assert "lora" in front_matter(card)["tags"]
@@ -78,14 +78,14 @@ def test_an_adapter_names_peft(tmp_path: Path) -> None:
 
 def test_a_model_folder_is_known_by_its_last_name(tmp_path: Path) -> None:
     """Where it lies on this machine is nobody's business."""
-    world = started(tmp_path / "run", {"origin": "folder"}, model=str(tmp_path / "models" / "mine")).go()
+    world = started(tmp_path / "run", "folder", model=str(tmp_path / "models" / "mine")).go()
     card = card_of(world, "on_policy", 1)
     assert front_matter(card)["base_model"] == "mine"
     assert str(tmp_path) not in card
 
 
 def test_the_card_changes_no_policy_digest(tmp_path: Path) -> None:
-    world = started(tmp_path / "run", {"origin": "hub"}).go()
+    world = started(tmp_path / "run").go()
     folder = world.folder("on_policy", 1).path / "policy"
     before = digest_folder(folder)
     (folder / "README.md").unlink()
@@ -94,8 +94,8 @@ def test_the_card_changes_no_policy_digest(tmp_path: Path) -> None:
 
 def test_a_killed_run_has_the_cards_of_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed when the first card is written, before its stage is recorded."""
-    whole = started(tmp_path / "whole" / "run", {"origin": "hub"}).go()
-    world = started(tmp_path / "killed" / "run", {"origin": "hub"})
+    whole = started(tmp_path / "whole" / "run").go()
+    world = started(tmp_path / "killed" / "run")
 
     def die(*_: object) -> None:
         raise Killed

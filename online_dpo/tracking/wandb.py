@@ -36,7 +36,14 @@ class WandbTracker:
             run.log({**{f"curve/{name}": value for name, value in values.items()}, "step": step})
 
     def close(self) -> None:
-        """End the run that is open: what it holds is sent."""
+        """End the run that is open, and wait for the client's own process to have written all."""
+        if self._run is not None:
+            import wandb
+
+            self._finish()
+            wandb.teardown()
+
+    def _finish(self) -> None:
         if self._run is not None:
             run, self._run, self._open = self._run, None, None
             run.finish()
@@ -46,7 +53,7 @@ class WandbTracker:
         import wandb
 
         if self._open != (arm, seed):
-            self.close()
+            self._finish()
             self._run = wandb.init(
                 project=self.project,
                 group=self.experiment.name,
@@ -65,6 +72,7 @@ class WandbTracker:
                     x_disable_machine_info=True,
                     x_disable_meta=True,
                     x_disable_stats=True,
+                    x_save_requirements=False,
                 ),
             )
             self._open = (arm, seed)
