@@ -34,7 +34,7 @@ def pairs_of(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
 
 def reading(folder: Path, **changes: Any) -> Reading:
     """Of the loop tests' prompts, by a tokenizer of one token a byte."""
-    kept = {
+    kept: dict[str, Any] = {
         "encoder": AnswerEncoder(byte_tokenizer(), ENDS),
         "train": TRAIN,
         "held_out": HELD_OUT,

@@ -143,7 +143,7 @@ def test_real_pairs(name: str, limit: int, longest: int, stories: Path) -> None:
     if not path.is_file():
         pytest.skip("the preference pairs (../shared/data/pairs) are not on this machine")
     tokenizer: Any = use_template(load_tokenizer(stories), "dialogue")
-    changes = {
+    changes: dict[str, Any] = {
         "encoder": AnswerEncoder(tokenizer, end_token_ids(stories)), "longest": longest, "longest_prompt": longest
     }  # fmt: skip
     found = rows_in(path, limit=limit, **changes)

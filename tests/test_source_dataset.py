@@ -11,7 +11,7 @@ import pytest
 import yaml
 from offline import Offline, pairs_of, reading, write
 from test_cli import Desk, desk, one_line  # noqa: F401 - desk is a fixture
-from test_loop import HELD_OUT, TRAIN, Killed, experiment, no_fsync, results, with_death  # noqa: F401 - no_fsync too
+from test_loop import HELD_OUT, TRAIN, Killed, World, experiment, no_fsync, results, with_death  # noqa: F401 - no_fsync too
 
 from online_dpo.config import Experiment, validate_experiment
 from online_dpo.errors import ConfigError, DataError
@@ -39,7 +39,7 @@ def others(count: int) -> list[dict[str, Any]]:
     return [*rows, rows[0] | {"id": "again", "chosen": "better"}]
 
 
-def pinned(world: Offline, arm: str, index: int) -> list[str]:
+def pinned(world: World, arm: str, index: int) -> list[str]:
     found: list[str] = json.loads((world.folder(arm, index).path / "round.json").read_text(encoding="utf-8"))["prompts"]
     return found
 
