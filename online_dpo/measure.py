@@ -102,7 +102,7 @@ def wilson(p: float, n: float, level: float = 0.95, z: float | None = None) -> I
     return Interval(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), round(n))
 
 
-# --- divergence and weights ---
+# --- divergence and entropy ---
 
 
 def kl_sequence(theta_logps: Logprobs, ref_logps: Logprobs, level: float = 0.95, seed: int = 0) -> Interval:
@@ -119,32 +119,6 @@ def kl_token(theta_logps: Logprobs, ref_logps: Logprobs) -> float:
     """KL(θ‖ref) in nats a token: the sum of all ℓ_θ − ℓ_ref over the number of tokens. NaN without a token."""
     differences = _token_differences(theta_logps, ref_logps)
     return float(differences.mean()) if differences.size else math.nan
-
-
-def low_variance_kl(theta_logps: Logprobs, ref_logps: Logprobs) -> float:
-    """KL(θ‖ref) in nats a token by estimator k3: the mean of e^(−d) − 1 + d with d = ℓ_θ − ℓ_ref.
-
-    Never negative. Its expectation over a token sampled from θ is that token's KL wherever ref gives weight only to
-    what θ can sample (E e^(−d) = 1). NaN without a token; infinite when ref is so far above θ that e^(−d) overflows.
-    """
-    differences = _token_differences(theta_logps, ref_logps)
-    if not differences.size:
-        return math.nan
-    with np.errstate(over="ignore"):
-        # expm1 keeps the digits that e^(−d) − 1 loses near d = 0, where the two policies nearly agree.
-        return float(np.mean(np.expm1(-differences) + differences))
-
-
-def effective_sample_size(log_weights: ArrayLike) -> float:
-    """(Σw)² / (n Σw²) with w = e^log_weights (shape (n,)): 1 = on-policy, 1/n = one sample carries all. NaN if empty.
-
-    The weights are scaled by the largest, which cancels, so that none overflows.
-    """
-    logs = _vector(log_weights)
-    if not logs.size:
-        return math.nan
-    weights = np.exp(logs - logs.max())
-    return float(weights.sum() ** 2 / (logs.size * np.square(weights).sum()))
 
 
 def token_entropy(logps: Logprobs) -> float:

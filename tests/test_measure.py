@@ -13,11 +13,9 @@ from online_dpo import measure
 from online_dpo.measure import (
     Interval,
     distinct_n,
-    effective_sample_size,
     kl_sequence,
     kl_token,
     length_stats,
-    low_variance_kl,
     mean_interval,
     paired_change,
     summarise_held_out,
@@ -191,7 +189,6 @@ def test_kl_is_the_enumerated_one() -> None:
     assert kl_sequence(theta, ref).mean == pytest.approx(exact, abs=1e-12)
     assert exact == pytest.approx(2 * TOKEN_KL)
     assert kl_token(theta, ref) == pytest.approx(0.25 * math.log(2), abs=1e-12)
-    assert low_variance_kl(theta, ref) == pytest.approx(0.25 * math.log(2), abs=1e-12)
 
 
 def test_kl_interval_covers_the_enumerated_one() -> None:
@@ -213,32 +210,15 @@ def test_kl_of_ragged_completions() -> None:
     assert kl_token(theta, ref) == pytest.approx(0.375)
 
 
-def test_low_variance_kl_by_hand() -> None:
-    """d = ln 2 and −ln 2: (½ − 1 + ln 2) and (2 − 1 − ln 2), mean ¼. Equal policies: exactly 0."""
-    assert low_variance_kl([[math.log(2), 0.0]], [[0.0, math.log(2)]]) == pytest.approx(0.25)
-    assert low_variance_kl([[-3.0]], [[-3.0]]) == 0.0
-    assert low_variance_kl([[-2000.0]], [[0.0]]) == math.inf
-
-
 def test_kl_without_tokens_and_with_unequal_lengths() -> None:
     assert math.isnan(kl_token([], []))
-    assert math.isnan(low_variance_kl([[]], [[]]))
     with pytest.raises(ValueError, match="completion 1 has 2 and 1"):
         kl_sequence([[0.0], [0.0, 0.0]], [[0.0], [0.0]])
     with pytest.raises(ValueError, match="1 and 2 completions"):
         kl_token([[0.0]], [[0.0], [0.0]])
 
 
-# --- weights, lengths, texts ---
-
-
-def test_effective_sample_size() -> None:
-    """w = (1, 3): (1 + 3)²/(2·(1 + 9)) = 0.8; equal weights 1; one weight alone 1/n; a common factor cancels."""
-    assert effective_sample_size([0.0, math.log(3)]) == pytest.approx(0.8)
-    assert effective_sample_size([900.0, 900.0 + math.log(3)]) == pytest.approx(0.8)
-    assert effective_sample_size([-5.0] * 7) == pytest.approx(1.0)
-    assert effective_sample_size([0.0, -800.0, -800.0, -800.0]) == pytest.approx(0.25)
-    assert math.isnan(effective_sample_size([]))
+# --- entropy, lengths, texts ---
 
 
 def test_entropy_is_the_mean_surprise_of_own_tokens() -> None:
