@@ -201,6 +201,22 @@ class ArmSettings(Spec):
         """One line: what training minimises, with every key that changes it."""
         return self.rloo.describe() if self.algorithm == "rloo" else self.dpo.describe_loss()
 
+    @model_validator(mode="after")
+    def _blocks_are_trained_once(self) -> ArmSettings:
+        if source_kind(self.source) != "every_steps":
+            return self
+        if self.dpo.epochs != 1:
+            raise ValueError(
+                "source: every_steps trains on each answer as soon as it is sampled, once: dpo.epochs must be 1 "
+                f"(found {self.dpo.epochs})"
+            )
+        if self.dpo.xpo_alpha:
+            raise ValueError(
+                "dpo.xpo_alpha needs answers drawn from the reference, which source: every_steps leaves behind within "
+                "a round: leave it out"
+            )
+        return self
+
     @field_validator("reference")
     @classmethod
     def _one_rule(cls, value: str | ReferenceSpec) -> str | ReferenceSpec:

@@ -28,7 +28,7 @@ def judge_round(
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
         asked = _ready_judge(arm, pinned.source)
-        arm.run.progress.start(f"{arm.label} · round {folder.index} judge", len(candidates), "answers")
+        arm.run.progress.start(f"{arm.label} · {folder.title} judge", len(candidates), "answers")
         verdicts = judge_all(
             asked,
             prompts,

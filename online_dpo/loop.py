@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from online_dpo.arms import Arm, Run
+from online_dpo.block_round import make_in_blocks
 from online_dpo.config import Experiment
 from online_dpo.confounding import gold_in_training
 from online_dpo.errors import TrainingError
@@ -14,8 +15,10 @@ from online_dpo.human_pairs_stage import rank_human_pairs
 from online_dpo.off_policy_stage import off_policy_figures, score_off_policy
 from online_dpo.reference_stage import average_reference
 from online_dpo.rounds import Pinned, pin, sampled_in, still_needed
+from online_dpo.source_spec import source_kind
 from online_dpo.sources import gather, refresh_figures, round_prompts
-from online_dpo.store import RoundFolder, RunStore
+from online_dpo.sources.round_data import RoundData
+from online_dpo.store import RoundFolder, RunStore, StageRecord
 from online_dpo.train_stage import train_round
 from online_dpo.types import Policy
 
@@ -57,8 +60,7 @@ def run_arm(arm: Arm) -> None:
 
 def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     """One round, stage by stage; a stage that is done already is read, not done again."""
-    data = gather(arm, folder, pinned)
-    train = train_round(arm, folder, pinned, data)
+    data, train = _gather_and_train(arm, folder, pinned)
     policy = arm.policies.at(folder.index)
     off_policy = score_off_policy(arm, folder, pinned, data, policy)
     evaluate = evaluate_policy(arm, folder, policy, pinned.reference)
@@ -82,6 +84,13 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
             "reused": [record.stage for record in stages if record.reused_from],
         }
     )
+
+
+def _gather_and_train(arm: Arm, folder: RoundFolder, pinned: Pinned) -> tuple[RoundData, StageRecord]:
+    if source_kind(arm.settings.source) == "every_steps":
+        return make_in_blocks(arm, folder, pinned)
+    data = gather(arm, folder, pinned)
+    return data, train_round(arm, folder, pinned, data)
 
 
 # --- figures ---

@@ -30,7 +30,7 @@ def pair_round(
 
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
-        arm.run.progress.start(f"{arm.label} · round {folder.index} pair", len(prompts), "prompts")
+        arm.run.progress.start(f"{arm.label} · {folder.title} pair", len(prompts), "prompts")
         result = make_pairs(prompts, candidates, verdicts, pairing, seed)
         arm.run.progress.advance(len(prompts), f"{result.kept} pairs")
         arm.run.progress.finish()

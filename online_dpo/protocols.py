@@ -45,6 +45,22 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RoundPart:
+    """A block of a round that is trained on by itself: the job's units in `steps` optimiser steps.
+
+    The round has made `first` steps before. The learning rate is that of the steps `first`, `first` + 1, … of `total`.
+    `begin`: the folder with the optimiser's state that the last block left; None: a fresh optimiser. `end`: the folder
+    that this block's is left in; None: no other block goes on from it.
+    """
+
+    first: int
+    steps: int
+    total: int
+    begin: Path | None = None
+    end: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrainJob:
     """One round's training: `policy` on `pairs` against `reference`.
 
@@ -55,7 +71,8 @@ class TrainJob:
 
     The trained policy is saved into the folder `out` as `policy_id`. `seed`: of the order of the pairs and of fresh
     adapters. `folders`: where a loss of the user's own lies. `cache`: the file with log-probs of references.
-    `checkpoint`: the folder that a long round's state is kept in, None for none.
+    `checkpoint`: the folder that a long round's state is kept in, None for none. `part`: which part of a round it is;
+    None: all of it.
     """
 
     policy: Policy
@@ -72,6 +89,7 @@ class TrainJob:
     groups: tuple[Group, ...] = ()
     rloo: RlooSpec | None = None
     answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    part: RoundPart | None = None
 
     @property
     def drawn_from_reference(self) -> bool:

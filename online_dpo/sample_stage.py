@@ -29,7 +29,7 @@ def sample_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
             tuple(derive_seed(arm.seed, "sample", folder.index, prompt.id, i) for i in range(sampling.n))
             for prompt in pinned.prompts
         ]
-        candidates, figures = generate(arm, f"round {folder.index} sample", pinned.prompts, seeds, sampling)
+        candidates, figures = generate(arm, f"{folder.title} sample", pinned.prompts, seeds, sampling)
         write_candidates(out / "candidates.parquet", candidates)
         return {**figures, "probe_gap": probe_gap}
 

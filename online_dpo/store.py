@@ -10,6 +10,7 @@
     RUN/tracked.json, tensorboard/          rounds that trackers have; TensorBoard's event files
     RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
         round.json                          source, reference and prompts: pinned before anything is sampled
+        prompts.parquet                     a dataset's own prompts, where the round has such
         candidates|verdicts|pairs|held_out.parquet, audit.json, audit.png, audit.svg, policy/
         reference/                          the round's reference where it is an average of policies
         stages/STAGE.json                   written last: a stage is done when its record is there

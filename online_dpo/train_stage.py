@@ -18,58 +18,82 @@ from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.training import Shown, train_figures, train_shown
 from online_dpo.training_data import TrainingData, trained_on, training_data
 
+CHECKPOINT = ".train.checkpoint"
+"""The folder in a round's that a long training keeps its state in."""
+
 
 def train_round(arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundData) -> StageRecord:
     """The policy that the round's pairs, or groups, make of its starting policy."""
     seed = derive_seed(arm.seed, "train", folder.index)
-    dpo = arm.settings.dpo
-    checkpoint = folder.path / ".train.checkpoint"
-
-    def job(work: TrainingData, out: Path) -> TrainJob:
-        return TrainJob(
-            policy=pinned.start,
-            reference=pinned.reference,
-            source=data.sampled_by,
-            pairs=work.pairs,
-            dpo=dpo,
-            policy_id=f"{arm.name}/seed_{arm.seed}/round_{folder.index:02d}",
-            out=out,
-            seed=seed,
-            folders=arm.run.judge_folders,
-            cache=arm.run.store.root / "logps.sqlite",
-            checkpoint=checkpoint,
-            groups=work.groups,
-            rloo=arm.settings.rloo if work.kind == "groups" else None,
-        )
 
     def produce(out: Path) -> dict[str, Any]:
         work = training_data(arm, folder, pinned, data)
-        arm.run.engine.rest()
-        began = time.perf_counter()
-        shown = Shown(arm.run.progress, f"{arm.label} · round {folder.index} train", work.units, work.unit)
-        start, steps = train_shown(arm.run.learner, job(work, out / "policy"), shown)
+        info = do_training(arm, folder, work, round_job(arm, folder, pinned, data, work, out / "policy", seed))
         write_model_card(arm, folder.index, pinned, len(work.pairs), out / "policy")
-        return {
-            "loss": arm.settings.describe_objective(),
-            "trained": work.kind,
-            "answers": work.answers * dpo.epochs,
-            **train_figures(start, steps, time.perf_counter() - began),
-        }
+        return info
 
-    inputs = {
+    record = folder.stage("train", train_inputs(arm, pinned, data, seed), ["policy"], produce)
+    forget_checkpoint(folder)
+    return record
+
+
+def policy_name(arm: Arm, index: int) -> str:
+    """The id of the policy that round `index` trains."""
+    return f"{arm.name}/seed_{arm.seed}/round_{index:02d}"
+
+
+def round_job(
+    arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundData, work: TrainingData, out: Path, seed: int
+) -> TrainJob:
+    """What the learner is asked for: `work` on the round's starting policy, into folder `out`."""
+    return TrainJob(
+        policy=pinned.start,
+        reference=pinned.reference,
+        source=data.sampled_by,
+        pairs=work.pairs,
+        dpo=arm.settings.dpo,
+        policy_id=policy_name(arm, folder.index),
+        out=out,
+        seed=seed,
+        folders=arm.run.judge_folders,
+        cache=arm.run.store.root / "logps.sqlite",
+        checkpoint=folder.path / CHECKPOINT,
+        groups=work.groups,
+        rloo=arm.settings.rloo if work.kind == "groups" else None,
+    )
+
+
+def do_training(arm: Arm, folder: RoundFolder, work: TrainingData, job: TrainJob) -> dict[str, Any]:
+    """Do `job`; returns the stage's figures."""
+    arm.run.engine.rest()
+    began = time.perf_counter()
+    shown = Shown(arm.run.progress, f"{arm.label} · {folder.title} train", work.units, work.unit)
+    start, steps = train_shown(arm.run.learner, job, shown)
+    return {
+        "loss": arm.settings.describe_objective(),
+        "trained": work.kind,
+        "answers": work.answers * job.dpo.epochs,
+        **train_figures(start, steps, time.perf_counter() - began),
+    }
+
+
+def forget_checkpoint(folder: RoundFolder) -> None:
+    """Once the training is done: its checkpoint, and what a kill between two of its renames left beside it."""
+    for path in folder.path.glob(f"{CHECKPOINT}*"):
+        remove(path)
+
+
+def train_inputs(arm: Arm, pinned: Pinned, data: RoundData, seed: int) -> dict[str, str]:
+    """What decides the trained policy."""
+    return {
         "policy": pinned.start.digest,
         "reference": pinned.reference.digest,
         "source": "" if data.sampled_by is None else data.sampled_by.digest,
         "candidates": data.pair.inputs["candidates"],
-        "dpo": digest_json(dpo.model_dump()),
+        "dpo": digest_json(arm.settings.dpo.model_dump()),
         "seed": str(seed),
         **_own_inputs(arm, data),
     }
-    record = folder.stage("train", inputs, ["policy"], produce)
-    # And what a kill between two of its renames left beside it.
-    for path in folder.path.glob(f"{checkpoint.name}*"):
-        remove(path)
-    return record
 
 
 def _own_inputs(arm: Arm, data: RoundData) -> dict[str, str]:

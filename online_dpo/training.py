@@ -34,6 +34,8 @@ def train_shown(learner: Learner, job: TrainJob, shown: Shown) -> tuple[TrainSta
             # The last batch of each epoch may be smaller.
             epoch_ends = (done // shown.units + 1) * shown.units
             taken = min(job.dpo.batch_size, epoch_ends - done)
+            if job.part is not None and len(steps) == job.part.steps:
+                taken = total - done  # a block's last step takes all that is left
             done += taken
             shown.progress.advance(taken, f"loss {event.loss:.3f}")
     shown.progress.finish()

@@ -18,7 +18,7 @@ from online_dpo.config import SamplingSpec
 from online_dpo.errors import TrainingError
 from online_dpo.models import digest_folder
 from online_dpo.policies import write_policy
-from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
+from online_dpo.protocols import RoundPart, SampleRequest, TrainJob, TrainStart, TrainStep
 from online_dpo.types import Candidate, Message, Policy, Probe, Prompt
 
 WORDS = (
@@ -127,6 +127,8 @@ class FakeLearner:
         self.calls = calls
         self.stop = stop
         """Policies (by id) whose training meets a non-finite loss."""
+        self.parts: list[tuple[int, int, int]] = []
+        """Of every job: steps made before in its round, its own, and the schedule's."""
 
     def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
         policy, reference, source, pairs, dpo = job.policy, job.reference, job.source, job.pairs, job.dpo
@@ -135,17 +137,24 @@ class FakeLearner:
         self.calls.append(("train", policy_id, policy.digest, reference.digest, drawn, list(pairs or job.groups), seed))
         yield TrainStart("engine" if job.drawn_from_reference else "learner", 1e-6, 2e-6)
         steps = -(-len(pairs or job.groups or job.answers) // dpo.batch_size)
-        for number in range(1, steps + 1):
-            if self.stop(policy_id) and number == steps:
+        part = job.part or RoundPart(0, steps, steps)
+        before = "" if part.begin is None else (part.begin / "state").read_text(encoding="utf-8")
+        self.parts.append((part.first, part.steps, part.total))
+        for number in range(part.first + 1, part.first + part.steps + 1):
+            if self.stop(policy_id) and number == part.first + part.steps:
                 raise TrainingError("loss nan")
             yield TrainStep(
-                step=number, steps=steps, loss=0.7 - 0.1 * number, margin=0.1 * number, accuracy=0.5, grad_norm=number,
+                step=number, steps=part.total, loss=0.7 - 0.1 * number, margin=0.1 * number, accuracy=0.5, grad_norm=number,
                 lr=dpo.lr, r_w=-0.1 * number, r_l=-0.2 * number, tokens=10 * number, seconds=0.5,
             )  # fmt: skip
         tokens = [(pair.prompt.id, pair.chosen.token_ids, pair.rejected.token_ids) for pair in pairs]
         work = [tokens, job.groups, job.rloo, job.answers] if job.groups or job.answers else tokens
         # Its digest must not depend on the name: two arms with the same inputs train the same policy.
-        yield fake_policy(out, policy_id, policy.digest, reference.digest, drawn, work, dpo, seed)
+        given = [policy.digest, reference.digest, drawn, work, dpo, seed, *([before] if before else [])]
+        if part.end is not None:
+            part.end.mkdir()
+            (part.end / "state").write_text(f"{before}{part.steps} steps, ", encoding="utf-8")
+        yield fake_policy(out, policy_id, *given)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
         self.calls.append(("score", policy.digest, [candidate.prompt_id for _, candidate in items]))

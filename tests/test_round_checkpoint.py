@@ -21,6 +21,7 @@ from training_parts import LORA, farthest, job_of, learner_of, result_of, weight
 from online_dpo.backends import round_checkpoint
 from online_dpo.backends.learner import LocalLearner
 from online_dpo.backends.optimiser import make_optimiser
+from online_dpo.backends.optimiser_state import MOMENTS
 from online_dpo.backends.round_checkpoint import Progress, RoundCheckpoint
 from online_dpo.config import DPOSpec, LoraSpec
 from online_dpo.errors import RunFolderError, TrainingError
@@ -288,7 +289,7 @@ class Work:
         return found
 
     def state(self) -> list[Tensor]:
-        moments = [self.optimiser.state[p][name] for p in self.parameters for name in round_checkpoint.MOMENTS]
+        moments = [self.optimiser.state[p][name] for p in self.parameters for name in MOMENTS]
         return [t.detach().clone() for t in (*self.parameters, *moments)]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from online_dpo.backends.distributed import from_first, sum_gradients
 from online_dpo.backends.optimiser import learning_rate, make_optimiser
+from online_dpo.backends.optimiser_state import load_state, save_state
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.backends.reference_logps import shared_logps
 from online_dpo.backends.round_checkpoint import Progress, RoundCheckpoint
@@ -21,7 +22,7 @@ from online_dpo.config import DPOSpec
 from online_dpo.errors import TrainingError
 from online_dpo.files import digest_json
 from online_dpo.policies import write_policy
-from online_dpo.protocols import TrainJob, TrainStart, TrainStep
+from online_dpo.protocols import RoundPart, TrainJob, TrainStart, TrainStep
 from online_dpo.types import Candidate, Policy, Probe, Prompt
 
 
@@ -95,27 +96,29 @@ class LocalLearner:
         ]
         data = [pairs, groups, job.answers]
         spec = [job.dpo.model_dump(mode="json"), job.rloo and job.rloo.model_dump(mode="json")]
+        part = job.part and [job.part.first, job.part.steps, job.part.total]
         # The digest is of a loss of the user's own: its source may change while its name and its keys do not.
-        return RoundCheckpoint(job.checkpoint, digest_json([policies, data, spec, loss.digest, job.seed]))
+        return RoundCheckpoint(job.checkpoint, digest_json([policies, data, spec, loss.digest, job.seed, part]))
 
     def _steps(
         self, job: TrainJob, loss: Stepping, checkpoint: RoundCheckpoint | None
     ) -> Iterator[tuple[TrainStep, StepSums | None]]:
         """Every step, with its sums; without them where a checkpoint has it."""
         optimiser = make_optimiser(self.model.trainable, job.dpo)
-        batches = batch_order(len(loss), job.dpo, job.seed)
-        progress = Progress() if checkpoint is None else checkpoint.load(self.model.trainable, optimiser)
+        batches = batch_order(len(loss), job.dpo, job.seed, job.part and job.part.steps)
+        first, total = (job.part.first, job.part.total) if job.part else (0, len(batches))
+        progress = self._begin(job.part, optimiser, checkpoint)
         yield from ((step, None) for step in progress.steps)
         for number in range(len(progress.steps), len(batches)):
             began = time.perf_counter()
             batch = batches[number]
-            lr = learning_rate(number, len(batches), job.dpo)
+            lr = learning_rate(first + number, total, job.dpo)
             for group in optimiser.param_groups:
                 group["lr"] = lr
             self.model.clear_gradients(optimiser)
             sums = loss.backward(batch, progress.delta)
             norm = self._gradient_norm(job.dpo)
-            step = reported(sums, len(batch), number + 1, len(batches), norm, lr)
+            step = reported(sums, len(batch), first + number + 1, total, norm, lr)
             optimiser.step()
             step = replace(step, seconds=time.perf_counter() - began)
             progress = advanced(progress, step, sums, len(batch))
@@ -123,6 +126,18 @@ class LocalLearner:
             yield step, sums
             if checkpoint is not None and self.save_every and (number + 1) % self.save_every == 0:
                 self._keep(checkpoint, progress, optimiser)
+        if job.part and job.part.end and self._saves:
+            save_state(job.part.end, self.model.trainable, optimiser, progress.delta, progress.seen)
+
+    def _begin(
+        self, part: RoundPart | None, optimiser: torch.optim.Optimizer, checkpoint: RoundCheckpoint | None
+    ) -> Progress:
+        """Where the job is: as its checkpoint has it, else where the part before it ended, else at the start."""
+        kept = Progress() if checkpoint is None else checkpoint.load(self.model.trainable, optimiser)
+        if kept.steps or part is None or part.begin is None:
+            return kept
+        delta, seen = load_state(part.begin, self.model.trainable, optimiser)
+        return Progress((), delta, seen)
 
     def _gradient_norm(self, dpo: DPOSpec) -> float:
         """The gradients of all workers added, their norm, and they themselves clipped to `dpo.clip`."""
@@ -130,13 +145,18 @@ class LocalLearner:
             sum_gradients(self.model.trainable)
         return float(whole(torch.nn.utils.clip_grad_norm_(self.model.trainable, dpo.clip)))
 
+    @property
+    def _saves(self) -> bool:
+        """Whether this worker takes part in saving: worker 0 writes, and those that hold shares gather them."""
+        return self.model.rank == 0 or self.model.sharded
+
     def _keep(self, checkpoint: RoundCheckpoint, progress: Progress, optimiser: torch.optim.Optimizer) -> None:
-        if self.model.rank == 0 or self.model.sharded:
+        if self._saves:
             checkpoint.save(progress, self.model.trainable, optimiser)
 
     def _save(self, job: TrainJob) -> Policy:
         saved: list[Policy] = []
-        if self.model.rank == 0 or self.model.sharded:
+        if self._saves:
             saved = [self.model.save(job.policy_id, job.out, self.probe_token_ids)]
         if self.model.rank == 0:
             write_policy(saved[0])
@@ -177,11 +197,16 @@ def advanced(progress: Progress, step: TrainStep, sums: StepSums, units: int) ->
     return Progress((*progress.steps, step), (progress.delta * progress.seen + sums.reward) / seen, seen)
 
 
-def batch_order(units: int, dpo: DPOSpec, seed: int) -> list[list[int]]:
-    """Indices of each optimiser step's units: every epoch a fresh seeded permutation, cut into batches."""
+def batch_order(units: int, dpo: DPOSpec, seed: int, most: int | None = None) -> list[list[int]]:
+    """Indices of each optimiser step's units: every epoch a fresh seeded permutation, cut into batches.
+
+    Of at most `most` steps, the last one takes what is left.
+    """
     generator = torch.Generator().manual_seed(seed)
     batches: list[list[int]] = []
     for _ in range(dpo.epochs):
         order = torch.randperm(units, generator=generator).tolist()
         batches.extend(order[i : i + dpo.batch_size] for i in range(0, units, dpo.batch_size))
+    if most is not None and len(batches) > most:
+        batches[most - 1 :] = [[unit for batch in batches[most - 1 :] for unit in batch]]
     return batches

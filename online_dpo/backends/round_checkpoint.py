@@ -21,12 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from online_dpo.backends.distributed import from_first, rank_and_world
+from online_dpo.backends.optimiser_state import moments, take_moments
 from online_dpo.backends.sharding import read, whole
 from online_dpo.errors import RunFolderError, one_line
 from online_dpo.protocols import TrainStep
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps of each parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +104,15 @@ class RoundCheckpoint:
 
 
 def _tensors(parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+    tensors = moments(parameters, optimiser, keep=keep)
     for i, p in enumerate(parameters):
-        for name, tensor in {"weight": p, **{name: optimiser.state[p][name] for name in MOMENTS}}.items():
-            found = whole(tensor)
-            if keep:
-                tensors[f"{i}.{name}"] = found
+        found = whole(p)
+        if keep:
+            tensors[f"{i}.weight"] = found
     return tensors
 
 
 def _restore(saved: Any, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
     for i, p in enumerate(parameters):
         read(p, saved, f"{i}.weight")
-        # The fused AdamW keeps its count of steps as a number beside the weight, on the same device.
-        state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
-        state["exp_avg_sq"] = torch.zeros_like(p)
-        for name in MOMENTS:
-            read(state[name], saved, f"{i}.{name}")
-        optimiser.state[p] = state
+    take_moments(saved, parameters, optimiser)
