@@ -26,7 +26,8 @@ def budget_table(metrics: Rows) -> Group:
             "answers": _total(rows, ("sample", "candidates")),
             "sampled": _total(rows, ("sample", "tokens")),
             "judged": _total(rows, ("judge", "verdicts"), ("judge", "abstained")),
-            "pairs": _total(rows, ("pairs", "kept")),
+            "pairs": _total([row for row in rows if get(row, "train", "trained") != "groups"], ("pairs", "kept")),
+            "learned": _total(rows, ("train", "answers")),
             "steps": _total(rows, ("train", "steps")),
             "trained": _total(rows, ("train", "tokens")),
             "seconds": _total(rows, *(("seconds", stage) for stage in STAGES)),
@@ -40,6 +41,7 @@ def budget_table(metrics: Rows) -> Group:
         ("judged", lambda row: number(row["judged"], places=0)),
         ("pairs", lambda row: number(row["pairs"], places=0)),
         ("steps", lambda row: number(row["steps"], places=0)),
+        ("answers trained", lambda row: number(row["learned"], places=0)),
         ("tokens trained", lambda row: number(row["trained"], places=0)),
         ("seconds", lambda row: number(row["seconds"], places=0)),
     ]

@@ -11,8 +11,8 @@ from online_dpo.display.figures import ABSENT, finite, get, number, share
 from online_dpo.display.tables import Column, Rows, figure_table, spaced
 from online_dpo.display.text import clean
 
-STAGES = ("reference", "sample", "judge", "audit", "pair", "train", "evaluate")
-PART_OF = {"judge": "audit", "train": "reference"}
+STAGES = ("reference", "sample", "judge", "audit", "pair", "train", "off_policy", "evaluate", "human_pairs")
+PART_OF = {"judge": ("audit",), "train": ("reference",), "evaluate": ("off_policy", "human_pairs")}
 """Stages whose seconds are shown with another's: columns for them would be more than fit."""
 
 
@@ -35,10 +35,18 @@ def stage_table(metrics: Rows) -> Group:
         ("reference", lambda row: clean(get(row, "train", "reference_from") or ABSENT)),
         ("engine gap", lambda row: _scientific(get(row, "train", "engine_gap_token"))),
     ]
+    caption = "engine gap: largest difference between engine and learner, nats a token"
+    if any(get(row, "train", "trained") == "groups" for row in trained):
+        caption += "\nof rloo: the judge's mean score and KL to the reference, in the last step"
+        training[5:5] = [
+            ("reward", lambda row: number(get(row, "train", "reward_last"), places=3)),
+            ("KL", lambda row: number(get(row, "train", "kl_last"), places=3)),
+        ]
+    parts = [part for own in PART_OF.values() for part in own]
     speed: list[Column] = [
         ("sampling", lambda row: number(get(row, "sample", "tokens_per_second"), places=0)),
         ("training", lambda row: number(get(row, "train", "tokens_per_second"), places=0)),
-        *((f"{stage} s", _seconds_of(stage)) for stage in STAGES if stage not in PART_OF.values()),
+        *((f"{stage} s", _seconds_of(stage)) for stage in STAGES if stage not in parts),
     ]
     reused = any(row.get("reused") for row in metrics)
     return spaced(
@@ -47,7 +55,7 @@ def stage_table(metrics: Rows) -> Group:
             "Training (last step: accuracy, change of the log-probs of chosen and rejected)",
             trained,
             training,
-            "engine gap: largest difference between engine and learner, nats a token",
+            caption,
         ),
         figure_table(
             "Speed (sampling and training in tokens/s)",
@@ -78,13 +86,13 @@ def _scientific(value: object) -> str:
 
 def _seconds_of(stage: str) -> Callable[[Mapping[str, Any]], str]:
     def cell(row: Mapping[str, Any]) -> str:
-        part = finite(get(row, "seconds", PART_OF.get(stage, "")))
-        text = number(_add(get(row, "seconds", stage), part), places=1)
+        parts = [finite(get(row, "seconds", part)) or 0.0 for part in PART_OF.get(stage, ())]
+        text = number(_add(get(row, "seconds", stage), sum(parts)), places=1)
         return text + "*" if text != ABSENT and stage in (row.get("reused") or ()) else text
 
     return cell
 
 
-def _add(value: object, more: float | None) -> object:
+def _add(value: object, more: float) -> object:
     found = finite(value)
-    return value if found is None or more is None else found + more
+    return value if found is None else found + more
