@@ -28,7 +28,7 @@ from online_dpo.judging.people import (
     undo_line,
     whole_lines,
 )
-from online_dpo.records import read_candidates, read_held_out, read_prompts
+from online_dpo.records import read_candidates, read_held_out, read_prompts, read_round_prompts
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RunStore
 from online_dpo.types import Candidate, Message, Prompt, Split
@@ -78,6 +78,7 @@ def gather(store: RunStore, choice: Choice, person: str) -> tuple[list[Question]
     """
     _check(store, choice)
     prompts = {prompt.id: prompt for group in read_prompts(store.root / "prompts.parquet").values() for prompt in group}
+    prompts |= read_round_prompts(store.root / "arms")
     found: dict[str, Question] = {}
     alike: set[tuple[tuple[Message, ...], str]] = set()
     groups = _train_groups(store, choice) if choice.stage == "train" else _held_out_groups(store, choice)

@@ -200,6 +200,15 @@ def read_prompts(path: Path) -> dict[Split, tuple[Prompt, ...]]:
     return {split: tuple(group) for split, group in groups.items()}
 
 
+def read_round_prompts(folder: Path) -> dict[str, Prompt]:
+    """The prompts of a round in `folder` that are a dataset's and not the run's, by id; empty where it has none.
+
+    They lie in prompts.parquet beside the round's answers, or beside those of its parts.
+    """
+    files = sorted(folder.rglob("prompts.parquet"))
+    return {prompt.id: prompt for file in files for prompt in read_prompts(file)["train"]}
+
+
 def write_held_out(path: Path, answers: Sequence[HeldOutAnswer]) -> None:
     """One row a held-out answer."""
     rows = [

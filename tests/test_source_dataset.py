@@ -16,7 +16,7 @@ from test_loop import HELD_OUT, TRAIN, Killed, World, experiment, no_fsync, resu
 from online_dpo.config import Experiment, validate_experiment
 from online_dpo.errors import ConfigError, DataError
 from online_dpo.prompts import prompts_for_round
-from online_dpo.records import read_candidates, read_pairs, read_verdicts
+from online_dpo.records import read_candidates, read_pairs, read_round_prompts, read_verdicts
 from online_dpo.sources.datasets import read_datasets
 from online_dpo.types import Verdict
 
@@ -99,6 +99,8 @@ def test_rows_are_dealt_by_the_seed_without_replacement(tmp_path: Path) -> None:
     assert len(set(first[0] + first[1] + first[2][:1])) == 7
     other = json.loads((world.run.store.round("offline", 1, 1).path / "round.json").read_text(encoding="utf-8"))
     assert other["prompts"] != first[0]
+    stored = read_round_prompts(world.folder("offline", 1).path)  # in no other file of the run
+    assert list(stored.values()) == list(prompts_for_round(dealt, 0, 1, 3))
     candidates = read_candidates(world.folder("offline", 1).path / "candidates.parquet")
     texts = {row.prompt.id: [row.chosen.text, row.rejected.text] for row in data.rows if row.rejected is not None}
     assert [[a.text, b.text] for a, b in zip(candidates[::2], candidates[1::2], strict=True)] == [

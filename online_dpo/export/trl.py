@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from online_dpo.errors import RunFolderError
 from online_dpo.export.card import write_pairs_card
 from online_dpo.export.selection import ChosenRound, Selection, chosen_rounds, new_folder, trusted_file
-from online_dpo.records import PAIRS, read_candidates, read_prompts, read_rows
+from online_dpo.records import PAIRS, read_candidates, read_prompts, read_round_prompts, read_rows
 from online_dpo.store import RunStore
 from online_dpo.types import Candidate, Prompt
 
@@ -67,6 +67,7 @@ def _rows(one: ChosenRound, prompts: Mapping[str, Prompt], chat: bool, continued
     if pairs is None:
         return
     answers = _answers(one)
+    prompts = {**prompts, **read_round_prompts(one.folder.path)}
     for row in read_rows(pairs, PAIRS):
         prompt = prompts.get(row["prompt_id"])
         found: dict[str, Any] = {}

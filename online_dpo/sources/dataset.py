@@ -10,7 +10,7 @@ from online_dpo.arms import Arm
 from online_dpo.dataset_rows import Row
 from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pair_stage import pair_round
-from online_dpo.records import read_candidates, read_verdicts, write_candidates, write_verdicts
+from online_dpo.records import read_candidates, read_verdicts, write_candidates, write_prompts, write_verdicts
 from online_dpo.rounds import Pinned
 from online_dpo.sample_stage import prompts_digest
 from online_dpo.seeds import derive_seed
@@ -43,6 +43,7 @@ def _take_rows(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
         chosen = row_of_prompts(arm, folder.index, pinned.prompts)
         candidates = [answer for prompt_id, row in chosen.items() for answer in row.candidates(prompt_id)]
         write_candidates(out / "candidates.parquet", candidates)
+        write_own_prompts(arm, out, pinned.prompts)
         missing = len(pinned.prompts) - len(chosen)
         return {"candidates": len(candidates), "tokens": 0, "given": len(candidates), "without_row": missing}
 
@@ -52,7 +53,19 @@ def _take_rows(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
         "prompts": prompts_digest(pinned.prompts),
         "seed": f"{arm.seed}/{folder.index}",
     }
-    return folder.stage("sample", inputs, ["candidates.parquet"], produce)
+    return folder.stage("sample", inputs, given_files(arm), produce)
+
+
+def given_files(arm: Arm) -> list[str]:
+    """What the stage 'sample' writes: beside answers the prompts, where they are the dataset's own."""
+    own = match_of(rows_of(arm), source_of(arm), arm.run.train_prompts) == "rows"
+    return ["candidates.parquet", "prompts.parquet"] if own else ["candidates.parquet"]
+
+
+def write_own_prompts(arm: Arm, out: Path, prompts: Sequence[Prompt]) -> None:
+    """Write `prompts` into `out` where they are the dataset's own."""
+    if "prompts.parquet" in given_files(arm):
+        write_prompts(out / "prompts.parquet", {"train": prompts})
 
 
 def row_of_prompts(arm: Arm, index: int, prompts: Sequence[Prompt]) -> dict[str, Row]:

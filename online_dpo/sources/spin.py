@@ -13,7 +13,7 @@ from online_dpo.records import read_candidates, read_verdicts, write_candidates
 from online_dpo.rounds import Pinned
 from online_dpo.sample_stage import generate, prompts_digest
 from online_dpo.seeds import derive_seed
-from online_dpo.sources.dataset import row_of_prompts, take_labels
+from online_dpo.sources.dataset import given_files, row_of_prompts, take_labels, write_own_prompts
 from online_dpo.sources.datasets import rows_of
 from online_dpo.sources.round_data import RoundData
 from online_dpo.store import RoundFolder, StageRecord
@@ -53,6 +53,7 @@ def _sample_against(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecor
         moved = [replace(candidate, index=candidate.index + 1) for candidate in sampled]
         candidates = sorted([*given, *moved], key=lambda candidate: place[candidate.prompt_id])
         write_candidates(out / "candidates.parquet", candidates)
+        write_own_prompts(arm, out, pinned.prompts)
         missing = len(pinned.prompts) - len(prompts)
         counts = {"candidates": len(candidates), "given": len(given), "without_row": missing}
         return {**figures, **counts, "probe_gap": probe_gap}
@@ -65,4 +66,4 @@ def _sample_against(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecor
         "seed": f"{arm.seed}/{folder.index}",
         "engine": arm.run.engine.kind,
     }
-    return folder.stage("sample", inputs, ["candidates.parquet"], produce)
+    return folder.stage("sample", inputs, given_files(arm), produce)

@@ -14,7 +14,7 @@ from online_dpo.errors import RunFolderError
 from online_dpo.files import digest_json
 from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pair_stage import pair_round
-from online_dpo.records import read_candidates, read_verdicts
+from online_dpo.records import read_candidates, read_round_prompts, read_verdicts
 from online_dpo.rounds import Pinned
 from online_dpo.sample_stage import prompts_digest
 from online_dpo.sources.batch import Batch, read_batch
@@ -124,18 +124,16 @@ def _prompts_of(
         other = Arm(arm.run, streamed.name, streamed.seed, arm.run.experiment.arm(streamed.name))
         return {prompt.id: prompt for index in folders for prompt in round_prompts(other, index)}
     stored = stored_prompts(streamed)
-    return {
-        prompt_id: _stored(stored, prompt_id, folder)
-        for folder in folders.values()
-        for prompt_id in folder.pinned["prompts"]
-    }
+    found: dict[str, Prompt] = {}
+    for folder in folders.values():
+        known = {**stored, **read_round_prompts(folder.path)}
+        found |= {prompt_id: _stored(known, prompt_id, folder) for prompt_id in folder.pinned["prompts"]}
+    return found
 
 
 def _stored(stored: Mapping[str, Prompt], prompt_id: str, folder: RoundFolder) -> Prompt:
     if prompt_id not in stored:
-        raise RunFolderError(
-            f"{folder.path}: its prompt '{prompt_id}' is of a dataset: no prompts.parquet has its tokens"
-        )
+        raise RunFolderError(f"{folder.path}: no prompts.parquet has the tokens of its prompt '{prompt_id}'")
     return stored[prompt_id]
 
 
