@@ -69,7 +69,7 @@ def closing_lines(store: RunStore) -> list[str]:
     select = store.experiment.select
     grid, field, found = _decide(outcomes, select)
     notes = [f"note: {warning}" for warning in _warnings(grid, field, found, select)]
-    return [f"verdict: {verdict_sentence(found, _measure(grid))}", *notes, f"more: online-dpo compare {store.root}"]
+    return [f"verdict: {verdict_sentence(found, _measure(grid))}", *notes, "more: online-dpo compare RUN"]
 
 
 def _decide(outcomes: Sequence[Outcomes], select: Select) -> tuple[Grid, Field, tuple[Difference, ...]]:

@@ -51,8 +51,7 @@ class Crossed:
         """Of the interval with coverage 1 − α; NaN with fewer than two prompts."""
         if self.prompts < 2:
             return math.nan
-        squares = (self.ms_prompts, self.ms_seeds, self.ms_cells)
-        return float(half_width(*(np.asarray(square) for square in squares), self.prompts, self.seeds, alpha))
+        return float(half_width(self.ms_prompts, self.ms_seeds, self.ms_cells, self.prompts, self.seeds, alpha))
 
     def interval(self, alpha: float = 1 - LEVEL) -> Interval:
         """The mean with its interval; `n` counts cells."""

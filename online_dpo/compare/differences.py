@@ -11,7 +11,7 @@ import numpy as np
 from online_dpo.compare.comparison import Difference, Measure, Selected, Verdict
 from online_dpo.compare.crossed import LEVEL
 from online_dpo.compare.estimates import Estimate, mean_difference, share, wins_of
-from online_dpo.compare.grid import INITIAL, Grid, cells, complete
+from online_dpo.compare.grid import INITIAL, Column, Grid, cells, complete
 from online_dpo.compare.holm import holm
 from online_dpo.compare.length_control import length_controlled
 from online_dpo.compare.outcomes import Outcomes
@@ -81,8 +81,8 @@ def win_matrix(field: Field) -> dict[str, dict[str, Interval]]:
 def estimate(field: Field, measure: Measure, a: str, b: str) -> tuple[Estimate, int]:
     """`a` against `b` by `measure`, and how many prompts are left out: a judge abstained on one of their answers."""
     sides = (field.policies(a, b), field.policies(b, a))
-    scored = "gold" if measure == "gold" else "reward"
-    columns = [cells(side, column)[field.judged] for column in (scored, "tokens") for side in sides]
+    wanted: tuple[Column, Column] = ("gold" if measure == "gold" else "reward", "tokens")
+    columns = [cells(side, column)[field.judged] for column in wanted for side in sides]
     (of_a, of_b, long_a, long_b), lost = complete(*columns)
     if measure in ("reward", "gold"):
         return mean_difference(of_a - of_b), lost

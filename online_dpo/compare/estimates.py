@@ -42,8 +42,8 @@ def share(wins: Values) -> Estimate:
     if not wins.size:
         return Estimate(Interval(math.nan, math.nan, math.nan, 0), 1.0, spread)
     p = spread.mean + 0.5
-    error = math.sqrt(max(0.0, p * (1 - p)) / wins.size)
-    n = wins.size if error > 0 else prompts
+    n = prompts if np.ptp(wins) == 0 else wins.size
+    error = math.sqrt(max(0.0, p * (1 - p)) / n)
     z = critical(spread, error, seeds)
     found = wilson(p, n, z=z)
     score = abs(p - 0.5) * 2 * math.sqrt(n)

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import gammaincinv, nctdtr, ndtr
 
 from online_dpo.compare.crossed import Components, Crossed, half_width, t_quantile
+from online_dpo.compare.outcomes import Values
 
 POWER = 0.8
 MOST_PROMPTS = 1_000_000
@@ -76,7 +77,8 @@ def _more(power_at: Callable[[int], float], have: int, most: int) -> int | None:
     return high - have
 
 
-def _slices(freedom: int, count: int) -> np.ndarray:
+def _slices(freedom: int, count: int) -> Values:
     """χ²/freedom at the middles of `count` equally likely slices."""
     middles = (np.arange(count) + 0.5) / count
-    return gammaincinv(freedom / 2, middles) * 2 / freedom
+    found: Values = gammaincinv(freedom / 2, middles) * 2 / freedom
+    return found

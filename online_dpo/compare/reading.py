@@ -97,7 +97,8 @@ def _sums(column: Any) -> tuple[Values, Values]:
     values = np.asarray(lists.flatten().to_numpy(zero_copy_only=False), dtype=np.float64)
     lengths = np.asarray(lists.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
     rows = np.repeat(np.arange(lengths.size), lengths)
-    return np.bincount(rows, weights=values, minlength=lengths.size), lengths.astype(np.float64)
+    sums: Values = np.bincount(rows, weights=values, minlength=lengths.size).astype(np.float64)
+    return sums, lengths.astype(np.float64)
 
 
 def _in_order_of(one: Outcomes, first: Outcomes, root: Path) -> Outcomes:
