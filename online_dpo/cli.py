@@ -21,13 +21,14 @@ from online_dpo.commands.judge_fit import judge_fit
 from online_dpo.commands.judge_train import judge_train
 from online_dpo.commands.report import report
 from online_dpo.commands.watch import watch
-from online_dpo.config import Experiment, load_experiment
+from online_dpo.config import Experiment, JudgeSpec, load_experiment
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from online_dpo.dataset_rows import DatasetRows
     from online_dpo.models import ResolvedModel
+    from online_dpo.protocols import Progress
     from online_dpo.store import RunStore
 
 app = typer.Typer(
@@ -143,6 +144,7 @@ def _go(store: RunStore, model: ResolvedModel, quiet: bool, datasets: dict[str, 
                 console.print("this run is finished; nothing to do", markup=False)
             else:
                 with RecordedProgress(make_progress(quiet, make_console(stderr=True)), store.root) as progress:
+                    _warn(store, progress)
                     stopped = execute(store, model, progress, datasets)
     except KeyboardInterrupt:
         console.print(f"stopped; go on with: online-dpo resume {store.root}", markup=False, soft_wrap=True)
@@ -154,16 +156,38 @@ def _go(store: RunStore, model: ResolvedModel, quiet: bool, datasets: dict[str, 
         raise typer.Exit(1)
 
 
+def _warn(store: RunStore, progress: Progress) -> None:
+    """Say what confounds the comparison, but for the gold judge, which the loop speaks of."""
+    from online_dpo.confounding import confounded, gold_in_training
+    from online_dpo.judging import judge_digest
+
+    def digest(judge: JudgeSpec) -> str:
+        return judge_digest(judge, [Path(store.manifest["folder"])])
+
+    said = gold_in_training(store.experiment, digest)
+    for line in confounded(store.experiment, digest):
+        if line not in said:
+            progress.say(f"warning: {line}")
+
+
 def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> None:
-    from online_dpo.display import budget_table, clean, judge_table, round_table, sample_answers, stage_table
+    from online_dpo.display import (
+        budget_table,
+        clean,
+        judge_table,
+        off_policy_table,
+        round_table,
+        sample_answers,
+        stage_table,
+    )
     from online_dpo.loop import collect_metrics
     from online_dpo.runs import spent_by_judges
     from online_dpo.showcase import before_and_after
 
     metrics = collect_metrics(store, experiment)
     if metrics:
-        for part in (round_table(metrics), stage_table(metrics), judge_table(metrics), budget_table(metrics)):
-            console.print(part)
+        for table in (round_table, stage_table, off_policy_table, judge_table, budget_table):
+            console.print(table(metrics))
         console.print(sample_answers(before_and_after(store, experiment)))
     spent = spent_by_judges(store)
     if spent:
@@ -181,7 +205,7 @@ def _print_verdict(store: RunStore, console: Console) -> None:
     from online_dpo.display import clean
 
     for line in closing_lines(store):
-        console.print(clean(line), markup=False, soft_wrap=True)
+        console.print(clean(line), markup=False)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -8,6 +8,7 @@ from online_dpo.display.console import WIDTH, make_console
 from online_dpo.display.figures import ABSENT, interval, number, share
 from online_dpo.display.held_out import round_table
 from online_dpo.display.judge import judge_table
+from online_dpo.display.off_policy import off_policy_table
 from online_dpo.display.progress import PlainProgress, QuietProgress, RichProgress, make_progress
 from online_dpo.display.stages import stage_table
 from online_dpo.display.text import clean
@@ -27,6 +28,7 @@ __all__ = [
     "make_console",
     "make_progress",
     "number",
+    "off_policy_table",
     "round_table",
     "sample_answers",
     "share",

@@ -17,7 +17,7 @@ PART_OF = {"judge": ("audit",), "train": ("reference",), "evaluate": ("off_polic
 
 
 def stage_table(metrics: Rows) -> Group:
-    """Three tables of the trained rounds: pairs, training, and speed with the seconds of every stage."""
+    """Tables of the trained rounds: pairs, training (by pairs, by RLOO), and speed with the seconds of every stage."""
     trained = [row for row in metrics if get(row, "round") != 0]
     pairs: list[Column] = [
         ("answers", lambda row: number(get(row, "sample", "candidates"))),
@@ -35,13 +35,19 @@ def stage_table(metrics: Rows) -> Group:
         ("reference", lambda row: clean(get(row, "train", "reference_from") or ABSENT)),
         ("engine gap", lambda row: _scientific(get(row, "train", "engine_gap_token"))),
     ]
-    caption = "engine gap: largest difference between engine and learner, nats a token"
-    if any(get(row, "train", "trained") == "groups" for row in trained):
-        caption += "\nof rloo: the judge's mean score and KL to the reference, in the last step"
-        training[5:5] = [
-            ("reward", lambda row: number(get(row, "train", "reward_last"), places=3)),
-            ("KL", lambda row: number(get(row, "train", "kl_last"), places=3)),
-        ]
+    gradient: list[Column] = [
+        *training[:2],
+        ("reward", lambda row: number(get(row, "train", "reward_last"), places=3)),
+        ("KL to reference", lambda row: number(get(row, "train", "kl_last"), places=3)),
+        *training[-2:],
+    ]
+    by_groups = [row for row in trained if get(row, "train", "trained") == "groups"]
+    by_pairs = [row for row in trained if row not in by_groups]
+    gap = "engine gap: largest difference between engine and learner, nats a token"
+    tables = {
+        "Training (last step: accuracy, change of the log-probs of chosen and rejected)": (by_pairs, training),
+        "Training by RLOO (last step: the judge's mean score, KL of the policy)": (by_groups, gradient),
+    }
     parts = [part for own in PART_OF.values() for part in own]
     speed: list[Column] = [
         ("sampling", lambda row: number(get(row, "sample", "tokens_per_second"), places=0)),
@@ -51,12 +57,7 @@ def stage_table(metrics: Rows) -> Group:
     reused = any(row.get("reused") for row in metrics)
     return spaced(
         figure_table("Pairs", trained, pairs),
-        figure_table(
-            "Training (last step: accuracy, change of the log-probs of chosen and rejected)",
-            trained,
-            training,
-            caption,
-        ),
+        *(figure_table(title, rows, columns, gap) for title, (rows, columns) in tables.items() if rows),
         figure_table(
             "Speed (sampling and training in tokens/s)",
             metrics,
