@@ -25,7 +25,8 @@ def write_pairs(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (name, thing) in enumerate((name, thing) for name in NAMES for thing in THINGS):
-        said = f"\n\nHuman: Hello.\n\nAssistant: Hi, {name}!\n\nHuman: What did {name} have on day {number}?\n\nAssistant:"
+        asked = f"What did {name} have on day {number}?"
+        said = f"\n\nHuman: Hello.\n\nAssistant: Hi, {name}!\n\nHuman: {asked}\n\nAssistant:"
         rows.append({"chosen": f"{said} {name} had {thing}.", "rejected": f"{said} I do not know {number}."})
     (folder / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
