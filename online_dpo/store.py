@@ -5,6 +5,7 @@
     RUN/experiment.yaml                     the resolved experiment
     RUN/manifest.json                       model, prompts and software, by digest; the initial policy's probe
     RUN/prompts.parquet                     all prompts, tokenised, with their split
+    RUN/human_pairs.parquet                 pairs by people, tokenised (evaluation.pairs)
     RUN/verdicts.sqlite, logps.sqlite       what judges said; references' log-probs that no engine stored
     RUN/progress.json                       while a process works on the run: how far its stage is
     RUN/tracked.json, tensorboard/          rounds that trackers have; TensorBoard's event files
@@ -12,6 +13,7 @@
         round.json                          source, reference and prompts: pinned before anything is sampled
         prompts.parquet                     a dataset's own prompts, where the round has such
         candidates|verdicts|pairs|held_out.parquet, audit.json, audit.png, audit.svg, policy/
+        off_policy|human_pairs.parquet      log-probs of the round's pairs, and of held-out human ones, by policy
         reference/                          the round's reference where it is an average of policies
         stages/STAGE.json                   written last: a stage is done when its record is there
         metrics.json                        written when the round is closed

@@ -15,6 +15,7 @@ from online_dpo.records import read_candidates, read_held_out, read_pairs, read_
 from online_dpo.types import Policy, Verdict
 
 ARMS = ("on_policy", "self_offline")
+STAGES = ("sample", "judge", "audit", "pair", "train", "off_policy", "evaluate")
 ROUND = {
     "round.json",
     "candidates.parquet",
@@ -23,6 +24,7 @@ ROUND = {
     "audit.png",
     "audit.svg",
     "pairs.parquet",
+    "off_policy.parquet",
     "held_out.parquet",
     "policy",
     "stages",
@@ -87,7 +89,7 @@ def test_layout(outcome: Outcome) -> None:
         for index in (1, 2):
             assert {path.name for path in outcome.folder(arm, index).iterdir()} == ROUND
             records = {path.stem for path in (outcome.folder(arm, index) / "stages").iterdir()}
-            assert records == {"sample", "judge", "audit", "pair", "train", "evaluate"}
+            assert records == set(STAGES)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -118,7 +120,7 @@ def test_sources(outcome: Outcome) -> None:
     assert on["source"] == on["reference"] == outcome.metrics("on_policy", 1)["policy"]
     assert off["source"]["id"] == "initial"
     assert off["reference"] == outcome.metrics("self_offline", 1)["policy"]
-    assert outcome.metrics("self_offline", 1)["reused"] == ["sample", "judge", "audit", "pair", "train", "evaluate"]
+    assert outcome.metrics("self_offline", 1)["reused"] == list(STAGES)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -140,7 +142,7 @@ def test_figures_are_there(outcome: Outcome, arm: str) -> None:
         pairs = metrics["pairs"]
         assert pairs["kept"] + sum(pairs["dropped"].values()) == 6
         assert pairs["kept"] >= 4
-        assert set(metrics["seconds"]) == {"sample", "judge", "audit", "pair", "train", "evaluate"}
+        assert set(metrics["seconds"]) == set(STAGES)
     assert outcome.metrics(arm, 2)["held_out"]["kl_initial"]["mean"] > 0
 
 
