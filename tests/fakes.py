@@ -144,8 +144,8 @@ class FakeLearner:
             if self.stop(policy_id) and number == part.first + part.steps:
                 raise TrainingError("loss nan")
             yield TrainStep(
-                step=number, steps=part.total, loss=0.7 - 0.1 * number, margin=0.1 * number, accuracy=0.5, grad_norm=number,
-                lr=dpo.lr, r_w=-0.1 * number, r_l=-0.2 * number, tokens=10 * number, seconds=0.5,
+                step=number, steps=part.total, loss=0.7 - 0.1 * number, margin=0.1 * number, accuracy=0.5,
+                grad_norm=number, lr=dpo.lr, r_w=-0.1 * number, r_l=-0.2 * number, tokens=10 * number, seconds=0.5,
             )  # fmt: skip
         tokens = [(pair.prompt.id, pair.chosen.token_ids, pair.rejected.token_ids) for pair in pairs]
         work = [tokens, job.groups, job.rloo, job.answers] if job.groups or job.answers else tokens
