@@ -18,7 +18,7 @@ def answer(prompt_id: str, index: int) -> Candidate:
 def test_judged_answers_by_prompt() -> None:
     """b has three, one of them without a verdict; a has one judged, c none, d no answer at all."""
     candidates = [answer("a", 0), answer("a", 1), answer("b", 2), answer("b", 0), answer("b", 1), answer("c", 0)]
-    verdicts = [
+    verdicts: list[Verdict | Abstain] = [
         Verdict("a", 0, 1.0), Abstain("a", 1, "none"), Verdict("b", 2, 0.5), Abstain("b", 0, "none"),
         Verdict("b", 1, 0.5), Abstain("c", 0, "none"),
     ]  # fmt: skip

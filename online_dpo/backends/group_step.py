@@ -89,7 +89,7 @@ class GroupLoss:
             )
 
     def _losses(self, chosen: Sequence[int], found: ItemScores) -> tuple[Tensor, list[float]]:
-        """The sum of the groups' losses; the sums of their mean scores, log-ratios to the reference and log-weights."""
+        """The sum of the groups' losses; the sums of their mean scores, weighed log-ratios to the reference, drifts."""
         log_pi = TokenLogps(found.logps, found.lengths).sums()
         losses: list[Tensor] = []
         figures = [0.0, 0.0, 0.0]
@@ -104,7 +104,7 @@ class GroupLoss:
             out = rloo(own, log_mu, log_ref, scores, self.spec.kl, self.spec.clip)
             losses.append(out.loss)
             figures[0] += sum(group.scores) / len(group.scores)
-            figures[1] += 0.0 if out.log_ratios is None else float(out.log_ratios.double().mean())
+            figures[1] += 0.0 if out.log_ratios is None else float((out.weights * out.log_ratios).double().mean())
             figures[2] += float((own.detach() - log_mu).double().mean())
         return torch.stack(losses).sum(), figures
 

@@ -15,7 +15,7 @@ class StepSums:
 
     Of pairs: what they lost, how they were ranked, how far each side moved. `reward`: Σ of each pass's mean reward
     times its pairs (for `bco_pair`). `expected`: Σ of the losses that policy = reference would give.
-    Of groups, whose answers are averaged first: `score`, the judge's; `kl`, log(π/π_ref); `drift`, log(π/μ).
+    Of groups, whose answers are averaged first: `score`, the judge's; `kl`, w·log(π/π_ref); `drift`, log(π/μ).
     `tokens`: what was computed.
     """
 
