@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -14,6 +12,8 @@ import online_dpo
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
 from online_dpo.commands.compare import compare
 from online_dpo.commands.export import export
+from online_dpo.commands.fork import fork
+from online_dpo.commands.going import go, print_tables
 from online_dpo.commands.init import init
 from online_dpo.commands.judge_ask import judge_ask
 from online_dpo.commands.judge_audit import judge_audit
@@ -21,15 +21,7 @@ from online_dpo.commands.judge_fit import judge_fit
 from online_dpo.commands.judge_train import judge_train
 from online_dpo.commands.report import report
 from online_dpo.commands.watch import watch
-from online_dpo.config import Experiment, JudgeSpec, load_experiment
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from online_dpo.dataset_rows import DatasetRows
-    from online_dpo.models import ResolvedModel
-    from online_dpo.protocols import Progress
-    from online_dpo.store import RunStore
+from online_dpo.config import load_experiment
 
 app = typer.Typer(
     name="online-dpo",
@@ -56,6 +48,7 @@ Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed i
 
 app.command("init")(init)
 app.command("compare")(compare)
+app.command("fork")(fork)
 app.command("report")(report)
 app.command("watch")(watch)
 app.command("export")(export)
@@ -72,7 +65,7 @@ def run(
 
         resolved = resolve(spec, experiment.parent)
         store = open_or_create(resolved)
-        _go(store, resolved.model, quiet, resolved.datasets)
+        go(store, resolved.model, quiet, resolved.datasets)
 
 
 @app.command()
@@ -82,7 +75,7 @@ def resume(folder: RunFolder, quiet: Quiet = False, debug: Debug = False) -> Non
         from online_dpo.runs import reopen
 
         store, model = reopen(folder)
-        _go(store, model, quiet)
+        go(store, model, quiet)
 
 
 @app.command()
@@ -113,9 +106,8 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         ]
         console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print(plan_tables(plan_arms(resolved), differences(spec), len(spec.seeds)))
-        warnings = confounded(spec, lambda judge: judge_digest(judge, [resolved.folder]))
-        if warnings:
-            console.print(warning_lines(warnings), soft_wrap=True)
+        if warnings := confounded(spec, lambda judge: judge_digest(judge, [resolved.folder])):
+            console.print(warning_lines(warnings))
 
 
 @app.command()
@@ -126,90 +118,7 @@ def show(folder: RunFolder, debug: Debug = False) -> None:
         from online_dpo.store import RunStore
 
         store = RunStore.open(folder)
-        _print_tables(store, store.experiment, make_console())
-
-
-def _go(store: RunStore, model: ResolvedModel, quiet: bool, datasets: dict[str, DatasetRows] | None = None) -> None:
-    """Run what is left, print the tables, and exit with 1 when training stopped an arm."""
-    from online_dpo.display import clean, make_console, make_progress
-    from online_dpo.display.progress_file import RecordedProgress
-    from online_dpo.runs import execute, finished
-
-    console = make_console()
-    stopped: dict[str, str] = {}
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        with store.locked():
-            if finished(store):
-                console.print("this run is finished; nothing to do", markup=False)
-            else:
-                with RecordedProgress(make_progress(quiet, make_console(stderr=True)), store.root) as progress:
-                    _warn(store, progress)
-                    stopped = execute(store, model, progress, datasets)
-    except KeyboardInterrupt:
-        console.print(f"stopped; go on with: online-dpo resume {store.root}", markup=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    _print_tables(store, store.experiment, console)
-    for arm, reason in stopped.items():
-        console.print(clean(f"{arm} stopped early: {reason}"), markup=False, soft_wrap=True)
-    if stopped:
-        raise typer.Exit(1)
-
-
-def _warn(store: RunStore, progress: Progress) -> None:
-    """Say what confounds the comparison, but for the gold judge, which the loop speaks of."""
-    from online_dpo.confounding import confounded, gold_in_training
-    from online_dpo.judging import judge_digest
-
-    def digest(judge: JudgeSpec) -> str:
-        return judge_digest(judge, [Path(store.manifest["folder"])])
-
-    said = gold_in_training(store.experiment, digest)
-    for line in confounded(store.experiment, digest):
-        if line not in said:
-            progress.say(f"warning: {line}")
-
-
-def _print_tables(store: RunStore, experiment: Experiment, console: Console) -> None:
-    from online_dpo.display import (
-        budget_table,
-        clean,
-        judge_table,
-        off_policy_table,
-        round_table,
-        sample_answers,
-        stage_table,
-    )
-    from online_dpo.loop import collect_metrics
-    from online_dpo.runs import spent_by_judges
-    from online_dpo.showcase import before_and_after
-
-    metrics = collect_metrics(store, experiment)
-    if metrics:
-        for table in (round_table, stage_table, off_policy_table, judge_table, budget_table):
-            console.print(table(metrics))
-        console.print(sample_answers(before_and_after(store, experiment)))
-    spent = spent_by_judges(store)
-    if spent:
-        amounts = ", ".join(f"{item.replace('_', ' ')} {amount:g}" for item, amount in sorted(spent.items()))
-        console.print(clean(f"judges spent: {amounts}"), markup=False, soft_wrap=True)
-    _print_verdict(store, console)
-    console.print(f"run folder: {store.root}", markup=False, soft_wrap=True)
-
-
-def _print_verdict(store: RunStore, console: Console) -> None:
-    """Which arm is better, where there are several."""
-    if len(store.experiment.arms) < 2:
-        return
-    from online_dpo.compare import closing_lines
-    from online_dpo.display import clean
-
-    for line in closing_lines(store):
-        console.print(clean(line), markup=False)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+        print_tables(store, store.experiment, make_console())
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from online_dpo.dataset_rows import DatasetRows, Reading
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.files import digest_json, write_json
+from online_dpo.forking import Fork, lay_fork
 from online_dpo.human_pairs import (
     HumanPairs,
     load_human_pairs,
@@ -36,6 +37,7 @@ from online_dpo.protocols import Learner, Progress
 from online_dpo.records import read_prompts, write_prompts
 from online_dpo.sft_stage import initial_model
 from online_dpo.sources.datasets import check_datasets_unchanged, dataset_records, read_datasets
+from online_dpo.sources.streamed import all_prompts_digest, check_streams
 from online_dpo.store import RunStore, changed_keys
 from online_dpo.templates import use_template
 from online_dpo.tracking import missing_clients, open_tracking
@@ -87,8 +89,9 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     reading = _reading(experiment, model, tokenizer, (prompts.train, prompts.held_out), folder)
     datasets = read_datasets(experiment, reading)
     check_losses(experiment, folder)
+    check_streams(experiment, [folder], model.digest)
     missing_clients(experiment.tracking)
-    human_pairs = _human_pairs(experiment, model, tokenizer, folder)
+    human_pairs = load_human_pairs(experiment.evaluation.pairs, reading, datasets.values())
     return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder), human_pairs, datasets)
 
 
@@ -117,15 +120,6 @@ def _reading(
         system=experiment.prompts.system,
         folders=(folder,),
     )
-
-
-def _human_pairs(experiment: Experiment, model: ResolvedModel, tokenizer: Any, folder: Path) -> HumanPairs:
-    """The pairs that policies are held against, tokenised; those that the model has no room for are left out."""
-    if experiment.evaluation.pairs is None:
-        return HumanPairs()
-    encoder = AnswerEncoder(tokenizer, end_token_ids(model.path))
-    longest = context_length(model.path)
-    return load_human_pairs(experiment.evaluation.pairs, encoder, longest=longest, folders=[folder])
 
 
 def check_losses(experiment: Experiment, folder: Path) -> None:
@@ -222,6 +216,29 @@ def reopen(root: Path) -> tuple[RunStore, ResolvedModel]:
     return store, model
 
 
+def fork_run(fork: Fork) -> Path:
+    """Find what the new run of `fork` needs on this machine, make its folder and return it.
+
+    Raises what `resolve` raises, and `RunFolderError` when the model is no longer the one that the old run began with.
+    """
+    experiment, folder = fork.experiment, Path(fork.store.manifest["folder"])
+    model = resolve_model(
+        experiment.model,
+        revision=experiment.revision,
+        folders=[folder],
+        trust_remote_code=experiment.trust_remote_code,
+    )
+    check_unchanged(fork.store, model, {})
+    check_losses(experiment, folder)
+    check_streams(experiment, [folder], model.digest)
+    missing_clients(experiment.tracking)
+    prompts = read_prompts(fork.store.root / "prompts.parquet")
+    reading = _reading(
+        experiment, model, _tokenizer(experiment, model, folder), (prompts["train"], prompts["held_out"]), folder
+    )
+    return lay_fork(fork, check_judges(experiment, folder), dataset_records(read_datasets(experiment, reading)))
+
+
 def check_unchanged(
     store: RunStore, model: ResolvedModel, judges: dict[str, str], prompts: PromptSet | None = None
 ) -> None:
@@ -235,7 +252,7 @@ def check_unchanged(
             )
     if model.digest != manifest["model"]["digest"]:
         raise RunFolderError(f"{store.root}: the model {model.name} at {model.path} is not the one the run began with")
-    if prompts is not None and _prompt_digest(prompts.train, prompts.held_out) != manifest["prompts"]["digest"]:
+    if prompts is not None and all_prompts_digest(prompts.train, prompts.held_out) != manifest["prompts"]["digest"]:
         raise RunFolderError(f"{store.root}: the prompts are not those that the run began with")
 
 
@@ -258,12 +275,12 @@ def execute(
     `datasets` are the run's where they were read already (`Resolved.datasets`); None: they are read now.
     """
     prompts = read_prompts(store.root / "prompts.parquet")
-    if _prompt_digest(prompts["train"], prompts["held_out"]) != store.manifest["prompts"]["digest"]:
+    if all_prompts_digest(prompts["train"], prompts["held_out"]) != store.manifest["prompts"]["digest"]:
         raise RunFolderError(f"{store.root / 'prompts.parquet'} was changed after the run began")
     if datasets is None:
         datasets = _datasets_again(store, model, (prompts["train"], prompts["held_out"]))
     with _live(store, model, prompts["train"], prompts["held_out"], datasets, progress) as run:
-        run.human_pairs = _read_human_pairs(store)
+        run.human_pairs = stored_human_pairs(store)
         run.datasets = datasets
         return run_experiment(run)
 
@@ -279,7 +296,7 @@ def _datasets_again(
     return datasets
 
 
-def _read_human_pairs(store: RunStore) -> tuple[Pair, ...]:
+def stored_human_pairs(store: RunStore) -> tuple[Pair, ...]:
     """The run's human pairs, as they were tokenised when it began; none where it has none."""
     record = store.manifest.get("human_pairs")
     if record is None:
@@ -411,7 +428,7 @@ def _manifest(resolved: Resolved) -> dict[str, Any]:
         },
         "prompts": {
             "path": resolved.experiment.prompts.path,
-            "digest": _prompt_digest(prompts.train, prompts.held_out),
+            "digest": all_prompts_digest(prompts.train, prompts.held_out),
             "train": len(prompts.train),
             "held_out": len(prompts.held_out),
             "dropped": prompts.dropped,
@@ -426,10 +443,6 @@ def _pairs_record(found: HumanPairs) -> dict[str, Any] | None:
     if not found.pairs:
         return None
     return {"pairs": len(found.pairs), "dropped": found.dropped, "digest": pairs_digest(found.pairs)}
-
-
-def _prompt_digest(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
-    return digest_json([[[p.id, list(p.token_ids)] for p in group] for group in (train, held_out)])
 
 
 def _versions() -> dict[str, str]:

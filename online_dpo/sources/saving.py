@@ -14,10 +14,10 @@ from typing import Any
 from online_dpo.errors import RunFolderError
 from online_dpo.files import digest_json, link_tree
 from online_dpo.judging import mean_details
-from online_dpo.records import write_candidates, write_pairs, write_verdicts
+from online_dpo.records import write_candidates, write_pairs, write_prompts, write_verdicts
 from online_dpo.sources.batch import Batch
 from online_dpo.store import RoundFolder, StageRecord
-from online_dpo.types import Pair
+from online_dpo.types import Pair, Prompt
 
 FILES = {"sample": ["candidates.parquet"], "judge": ["verdicts.parquet"], "pair": ["pairs.parquet"]}
 """What the stages that a source stands for write."""
@@ -50,20 +50,25 @@ class Given:
     origin: RoundFolder | None = None
     figures: Callable[[], Mapping[str, Any]] = dict
     """Figures of the pairs beside those that all have."""
+    own_prompts: tuple[Prompt, ...] = ()
+    """Prompts that are not the run's: written beside the answers, so that the round can be read by itself."""
 
 
 def give_answers(folder: RoundFolder, given: Given) -> StageRecord:
     """The stage `sample` of `folder`."""
-    if given.origin is not None:
-        count = record_of(given.origin, "sample").info.get("candidates")
-        return take_over(folder, "sample", given.decided, given.origin, _sampled(count, given.place))
+    outputs = [*FILES["sample"], *(["prompts.parquet"] if given.own_prompts else [])]
 
     def produce(out: Path) -> dict[str, Any]:
+        if given.own_prompts:
+            write_prompts(out / "prompts.parquet", {"train": given.own_prompts})
+        if given.origin is not None:
+            link_tree(given.origin.path / "candidates.parquet", out / "candidates.parquet")
+            return _sampled(record_of(given.origin, "sample").info.get("candidates"), given.place)
         candidates = given.make().candidates
         write_candidates(out / "candidates.parquet", candidates)
         return _sampled(len(candidates), given.place)
 
-    return folder.stage("sample", given.decided, FILES["sample"], produce)
+    return folder.stage("sample", given.decided, outputs, produce)
 
 
 def give_batch(folder: RoundFolder, given: Given) -> Records:

@@ -8,6 +8,7 @@ where they were made. Answers alone, judged anew: fresh labels of stored samples
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from online_dpo.arms import Arm
 from online_dpo.errors import RunFolderError
@@ -73,6 +74,8 @@ def _given(arm: Arm, streamed: StreamedArm, index: int, prompts: Sequence[Prompt
     """What the stream gives round `index` of these prompts."""
     source, rounds = stream_of(arm), _rounds(arm, streamed, index)
     wanted = {prompt.id: prompt for prompt in prompts}
+    known = {prompt.id for prompt in arm.run.train_prompts}
+    others = tuple(prompt for prompt in prompts if prompt.id not in known)
     decided = {
         "stream": digest_json([_digests(streamed.folder(number)) for number in rounds]),
         "prompts": prompts_digest(prompts),
@@ -82,14 +85,15 @@ def _given(arm: Arm, streamed: StreamedArm, index: int, prompts: Sequence[Prompt
     if source.order == "in_order":
         origin = streamed.folder(index)
         whole = origin if set(origin.pinned["prompts"]) <= wanted.keys() else None
-        return Given(decided, streamed.place(index), lambda: read_batch(origin, wanted), whole)
+        make = partial(read_batch, origin, wanted)
+        return Given(decided, streamed.place(index), make, whole, own_prompts=others)
 
-    def make() -> Batch:
+    def deal() -> Batch:
         cards = dealt(streamed, index, source.take, arm.seed)
         return pairs_of(streamed, cards, wanted) if source.take == "pairs" else answers_of(streamed, cards, wanted)
 
     place = f"{streamed.place(1)} to {rounds[-1]:02d}"
-    return Given({**decided, "seed": f"{arm.seed}/{index}"}, place, make)
+    return Given({**decided, "seed": f"{arm.seed}/{index}"}, place, deal, own_prompts=others)
 
 
 def _digests(folder: RoundFolder) -> list[str]:
@@ -124,16 +128,19 @@ def _prompts_of(
         other = Arm(arm.run, streamed.name, streamed.seed, arm.run.experiment.arm(streamed.name))
         return {prompt.id: prompt for index in folders for prompt in round_prompts(other, index)}
     stored = stored_prompts(streamed)
-    found: dict[str, Prompt] = {}
     for folder in folders.values():
-        known = {**stored, **read_round_prompts(folder.path)}
-        found |= {prompt_id: _stored(known, prompt_id, folder) for prompt_id in folder.pinned["prompts"]}
-    return found
+        record_of(folder, "sample")
+        stored |= read_round_prompts(folder.path)
+    return {
+        prompt_id: _stored(stored, prompt_id, folder)
+        for folder in folders.values()
+        for prompt_id in folder.pinned["prompts"]
+    }
 
 
 def _stored(stored: Mapping[str, Prompt], prompt_id: str, folder: RoundFolder) -> Prompt:
     if prompt_id not in stored:
-        raise RunFolderError(f"{folder.path}: no prompts.parquet has the tokens of its prompt '{prompt_id}'")
+        raise RunFolderError(f"{folder.path}: no prompts.parquet has its prompt '{prompt_id}'")
     return stored[prompt_id]
 
 

@@ -1,0 +1,90 @@
+"""Running what is left of a run, and its tables: what `run`, `resume` and `fork` end with."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from online_dpo.config import Experiment
+    from online_dpo.dataset_rows import DatasetRows
+    from online_dpo.models import ResolvedModel
+    from online_dpo.store import RunStore
+
+
+def go(store: RunStore, model: ResolvedModel, quiet: bool, datasets: dict[str, DatasetRows] | None = None) -> None:
+    """Run what is left, print the tables, and exit with 1 when training stopped an arm."""
+    from online_dpo.display import clean, make_console, make_progress
+    from online_dpo.display.progress_file import RecordedProgress
+    from online_dpo.runs import execute, finished
+
+    console = make_console()
+    stopped: dict[str, str] = {}
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with store.locked():
+            if finished(store):
+                console.print("this run is finished; nothing to do", markup=False)
+            else:
+                with RecordedProgress(make_progress(quiet, make_console(stderr=True)), store.root) as progress:
+                    stopped = execute(store, model, progress, datasets)
+    except KeyboardInterrupt:
+        console.print(f"stopped; go on with: online-dpo resume {store.root}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    print_tables(store, store.experiment, console)
+    for arm, reason in stopped.items():
+        console.print(clean(f"{arm} stopped early: {reason}"), markup=False, soft_wrap=True)
+    if stopped:
+        raise typer.Exit(1)
+
+
+def print_tables(store: RunStore, experiment: Experiment, console: Console) -> None:
+    """The tables of a run, finished or not."""
+    from online_dpo.display import (
+        budget_table,
+        clean,
+        judge_table,
+        off_policy_table,
+        round_table,
+        sample_answers,
+        stage_table,
+    )
+    from online_dpo.loop import collect_metrics
+    from online_dpo.runs import spent_by_judges
+    from online_dpo.showcase import before_and_after
+
+    metrics = collect_metrics(store, experiment)
+    if metrics:
+        for table in (round_table, stage_table, off_policy_table, judge_table, budget_table):
+            console.print(table(metrics))
+        console.print(sample_answers(before_and_after(store, experiment)))
+    spent = spent_by_judges(store)
+    if spent:
+        amounts = ", ".join(f"{item.replace('_', ' ')} {amount:g}" for item, amount in sorted(spent.items()))
+        console.print(clean(f"judges spent: {amounts}"), markup=False, soft_wrap=True)
+    _print_verdict(store, console)
+    console.print(f"run folder: {store.root}", markup=False, soft_wrap=True)
+
+
+def _print_verdict(store: RunStore, console: Console) -> None:
+    """Which arm is better, where there are several, and what confounds that."""
+    if len(store.experiment.arms) < 2:
+        return
+    from online_dpo.compare import closing_lines
+    from online_dpo.confounding import confounded
+    from online_dpo.display import clean
+    from online_dpo.plan_display import warning_lines
+
+    for line in closing_lines(store):
+        console.print(clean(line), markup=False)
+    if warnings := confounded(store.experiment):
+        console.print(warning_lines(warnings))
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
