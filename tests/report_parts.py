@@ -25,8 +25,8 @@ HOSTILE = (
 
 
 def run_of_two_arms(root: Path, **changes: Any) -> RunStore:
-    """Two arms, 12 prompts to measure on, 2 rounds."""
-    return run_words(root, 8, 12, **{"seeds": [0, 1], **changes})
+    """Two arms, two seeds, 12 prompts to measure on, 2 rounds, no audit of the judge (it draws a figure a round)."""
+    return run_words(root, 8, 12, **{"seeds": [0, 1], "audit": {"prompts": 0}, **changes})
 
 
 def with_hostile_answers(store: RunStore) -> None:

@@ -264,12 +264,14 @@ def test_prompts_are_left_out_where_answers_would_be_too_many(made: Path) -> Non
 # --- runs that have less ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "absent", "present"),
     [
-        ({"seeds": [0], "evaluation": {"off_policy": 0}, "audit": {"prompts": 0}},
+        ({"seeds": [0], "evaluation": {"off_policy": 0}},
          {"frontier_gold", "curve_gold", "off_policy_ess", "displacement_chosen", "judge_length"}, {"frontier_reward"}),
-        ({"seeds": [0], "arms": {"only": {}}}, set(), {"curve_reward", "win_matrix", "frontier_gold"}),
+        ({"seeds": [0], "arms": {"only": {}}, "audit": {"prompts": 4}},
+         set(), {"curve_reward", "win_matrix", "frontier_gold", "judge_length"}),
         ({"seeds": [0], "evaluation": {"temperature": 0.7}}, {"frontier_reward", "curve_kl"}, {"curve_reward"}),
     ],
     ids=["no gold, no audit, nothing off-policy", "one arm, one seed", "no KL"],
@@ -287,6 +289,7 @@ def test_a_run_that_has_less_has_a_shorter_report(
     assert Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).open == []
 
 
+@pytest.mark.slow
 def test_several_runs_are_told_apart_and_an_unfinished_one_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

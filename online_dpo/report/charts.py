@@ -89,8 +89,12 @@ def frontier_chart(
             elinewidth=0.8, capsize=0, label=plain(label),
         )  # fmt: skip
         axes.annotate(spots[-1].note, (x[-1], y[-1]), xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK)
-    most = max(spot.x.high if math.isfinite(spot.x.high) else spot.x.mean for s in drawn.values() for spot in s)
-    axes.set_xlim(0, 1.08 * max(most, 1e-3))
+    means = max(spot.x.mean for spots in drawn.values() for spot in spots)
+    highs = max(
+        (spot.x.high for spots in drawn.values() for spot in spots if math.isfinite(spot.x.high)), default=means
+    )
+    # A bar of few seeds may be far longer than all paths: it is cut off, not they squeezed.
+    axes.set_xlim(0, 1.08 * max(min(highs, 2 * means), 1e-3))
     axes.set(xlabel="KL to the initial policy, nats an answer (√ axis)", ylabel=axis)
     ends = "; ".join(
         f"{label} ends at {axis} {number(s[-1].y.mean)} with KL {number(s[-1].x.mean)}" for label, s in drawn.items()
@@ -134,8 +138,7 @@ def row_chart(
     if not rows:
         return None
     figure, axes = sheet(0.9 + 0.24 * len(rows))
-    reference_line_x = 0.0
-    axes.axvline(reference_line_x, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     for place, (_, key, value) in enumerate(rows):
         style = look.get(key)
         axes.errorbar(

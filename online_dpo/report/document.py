@@ -19,7 +19,7 @@ class Cell:
     text: str
     value: JSON
     figure: bool = False
-    """Whether it is a number: set flush right."""
+    """Whether it is a number: kept on one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,11 @@ def figure(value: object, *, places: int | None = None, sign: bool = False) -> C
     """A cell with one number."""
     text = number(value, places=places, sign=sign)
     return Cell(text, _plain(value), figure=True)
+
+
+def chance(p: float) -> Cell:
+    """A cell with a p-value."""
+    return Cell("< 0.0001" if p < 1e-4 else f"{p:.4f}", _plain(p), figure=True)
 
 
 def count(value: object) -> Cell:

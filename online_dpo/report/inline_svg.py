@@ -17,7 +17,6 @@ _VARIABLES = {
     **{colour: f"var(--series-{place}, {colour})" for place, colour in enumerate(COLOURS)},
 }
 _HEAD = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<style .*?</style>", re.DOTALL)
-_TEXT = re.compile(r"<text\b([^>]*)style=\"([^\"]*)\"")
 
 
 def inline(svg: str, name: str) -> str:
@@ -27,15 +26,9 @@ def inline(svg: str, name: str) -> str:
     body = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', body)
     body = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", body)
     body = re.sub(r'\b(xlink:href|href)="#([^"]*)"', rf'\1="#{name}-\2"', body)
-    # Text has no fill of its own in matplotlib's SVG: black, whatever the page's colour.
-    body = _TEXT.sub(lambda match: f'<text{match[1]}style="{_filled(match[2])}"', body)
     body = re.sub(r"#[0-9a-fA-F]{6}\b", lambda match: _VARIABLES.get(match[0].lower(), match[0]), body)
     opening = body[: body.index(">")]
     viewbox = re.search(r'viewBox="[^"]*"', opening)
     kept = viewbox[0] if viewbox else ""
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {namespaces} {kept} aria-hidden="true" focusable="false"{body[len(opening) :]}'.strip()
-
-
-def _filled(style: str) -> str:
-    return style if "fill:" in style else f"fill: {INK}; {style}"
+    return f'<svg {namespaces} {kept} aria-hidden="true" focusable="false"{body[len(opening) :]}'

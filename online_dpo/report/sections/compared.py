@@ -14,6 +14,8 @@ from online_dpo.report.subject import Subject
 
 OWN_TO_A_RUN = ("name", "output", "arms", "judge_cache")
 """Keys in which two runs always differ, or that decide nothing."""
+ONE_VALUE = ("source", "reference")
+"""Keys whose forms are alternatives: they are shown whole."""
 
 
 def compared(subject: Subject) -> Section:
@@ -46,7 +48,9 @@ def differing_settings(runs: Sequence[ReportedRun]) -> dict[str, dict[str, Any]]
     for run in runs:
         shared = run.experiment.model_dump(mode="json", exclude=set(OWN_TO_A_RUN))
         for arm in run.experiment.arms:
-            settings[run.named(arm)] = flatten(shared | run.experiment.arm(arm).model_dump(mode="json"))
+            own = shared | run.experiment.arm(arm).model_dump(mode="json")
+            whole = {key: own.pop(key) for key in ONE_VALUE}
+            settings[run.named(arm)] = whole | flatten(own)
     keys = dict.fromkeys(key for own in settings.values() for key in own)
     table = {key: {arm: own.get(key) for arm, own in settings.items()} for key in keys}
     return {key: values for key, values in table.items() if len({repr(value) for value in values.values()}) > 1}

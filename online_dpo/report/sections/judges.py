@@ -31,7 +31,14 @@ def judges(subject: Subject) -> Section:
         "agreement with the second judge"
     )
     tables = [
-        Table("audit", "The training judge, audited on a sample of each round's prompts", columns, tuple(rows), note)
+        Table(
+            "audit",
+            "The training judge, audited on a sample of each round's prompts",
+            columns,
+            tuple(rows),
+            note,
+            folded=plot is not None,
+        )
     ]
     abstained = _abstentions(subject)
     if abstained:

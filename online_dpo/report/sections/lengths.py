@@ -8,7 +8,7 @@ from dataclasses import replace
 from online_dpo.compare import INITIAL
 from online_dpo.measure import Interval
 from online_dpo.report.charts import Spot, plane_chart
-from online_dpo.report.document import Cell, Plot, Section, Table, bounds, percent, words
+from online_dpo.report.document import Cell, Plot, Section, Table, bounds, figure, percent, words
 from online_dpo.report.sections.curves import in_per_cent
 from online_dpo.report.subject import Subject
 
@@ -70,7 +70,7 @@ def _gap(plain: Interval | None, controlled: Interval | None) -> Cell:
     if plain is None or controlled is None or not math.isfinite(plain.mean - controlled.mean):
         return bounds(None)
     gap = 100 * (plain.mean - controlled.mean)
-    return Cell(f"{gap:+.1f}", gap, figure=True)
+    return figure(gap, places=1, sign=True)
 
 
 def _pairs(subject: Subject) -> tuple[tuple[Cell, ...], ...]:

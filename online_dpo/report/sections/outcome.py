@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from online_dpo.compare import Difference, Measure
 from online_dpo.confounding import confounded
 from online_dpo.measure import Interval
-from online_dpo.report.document import Cell, Section, Table, bounds, count, figure, percent, words
+from online_dpo.report.document import Cell, Section, Table, bounds, chance, count, percent, words
 from online_dpo.report.subject import Subject
 
 TITLES: dict[Measure, str] = {
@@ -17,13 +19,15 @@ TITLES: dict[Measure, str] = {
 SHARES: tuple[Measure, ...] = ("win_rate", "length_controlled")
 NOTE = (
     "each arm at its selected round; brackets: 95 % intervals over prompts and seeds; p corrected: Holm's, over all "
-    "differences in this table; more prompts, more seeds: about how many would decide it"
+    "differences in a table; more prompts, more seeds: about how many would decide it"
 )
 
 
 def verdict(subject: Subject) -> Section:
     """The sentence, the rounds that stand for the arms, and the differences by every measure."""
-    tables = [_differences(subject, measure) for measure in TITLES]
+    tables = [table for measure in TITLES if (table := _differences(subject, measure)).rows]
+    # One note for all of them, below the last.
+    tables[-1:] = [replace(table, note=NOTE) for table in tables[-1:]]
     selected = Table(
         "selected",
         "The round that stands for each arm",
@@ -31,8 +35,7 @@ def verdict(subject: Subject) -> Section:
         tuple((words(one.arm), count(one.seed), count(one.round)) for one in subject.comparison.selected),
         folded=True,
     )
-    found = tuple(table for table in (*tables, selected) if table.rows)
-    return Section("verdict", "The verdict", (subject.comparison.verdict,), tables=found)
+    return Section("verdict", "The verdict", (subject.comparison.verdict,), tables=(*tables, selected))
 
 
 def warnings(subject: Subject) -> Section:
@@ -65,7 +68,7 @@ def _differences(subject: Subject, measure: Measure) -> Table:
     rows = [_row(one, measure) for one in subject.comparison.differences if one.measure == measure]
     name = "difference" if measure not in SHARES else "share"
     columns = ("a", "b", name, "verdict", "p", "p corrected", "prompts", "seeds", "more prompts", "more seeds")
-    return Table(f"differences_{measure}", TITLES[measure], columns, tuple(rows), NOTE)
+    return Table(f"differences_{measure}", TITLES[measure], columns, tuple(rows))
 
 
 def _row(one: Difference, measure: Measure) -> tuple[Cell, ...]:
@@ -74,8 +77,8 @@ def _row(one: Difference, measure: Measure) -> tuple[Cell, ...]:
         words(one.b),
         _interval(one.interval, measure),
         words(one.verdict),
-        figure(one.p, places=4),
-        figure(one.p_corrected, places=4),
+        chance(one.p),
+        chance(one.p_corrected),
         count(one.prompts),
         count(one.seeds),
         count(one.more_prompts),
