@@ -24,8 +24,9 @@ class Budget(NamedTuple):
 
 
 class _Gathered(NamedTuple):
-    """What one round's source brings."""
+    """What one round's source brings: `answers` are those that are paired, sampled or given."""
 
+    answers: int
     sampled: int
     judged: int
     pairs: int
@@ -35,7 +36,7 @@ def arm_budget(experiment: Experiment, name: str, held_out: int) -> Budget:
     """The budget of arm `name` where there are `held_out` held-out prompts."""
     arm = experiment.arm(name)
     prompts = experiment.prompts.per_round
-    sampled, judged, pairs = _gathered(experiment, arm, arm.source, prompts)
+    _, sampled, judged, pairs = _gathered(experiment, arm, arm.source, prompts)
     rows = prompts if arm.algorithm == "rloo" else pairs
     steps = arm.dpo.epochs * -(-rows // arm.dpo.batch_size)
     measured = (arm.rounds + 1) * held_out
@@ -50,35 +51,42 @@ def arm_budget(experiment: Experiment, name: str, held_out: int) -> Budget:
 
 
 def _gathered(experiment: Experiment, arm: ArmSettings, source: Source, prompts: int) -> _Gathered:
-    fresh = prompts * arm.sampling.n
-    paired = _capped(prompts * most_pairs(arm.pairing, arm.sampling.n), arm.pairing)
-    if not isinstance(source, SourceSpec):
-        return _Gathered(fresh, fresh, paired)
+    n = arm.sampling.n
+    if not isinstance(source, SourceSpec) or source.kind not in ("mixture", "dataset", "spin", "stream"):
+        return _Gathered(prompts * n, prompts * n, prompts * n, _paired(arm, prompts, n))
     if source.mixture is not None:
         parts = [_gathered(experiment, arm, part.source, round(part.share * prompts)) for part in source.mixture]
-        return _Gathered(*(sum(values) for values in zip(*parts, strict=True)))
-    if source.dataset is not None:
-        return _Gathered(0, 2 * prompts if source.relabel else 0, _capped(prompts, arm.pairing))
-    if source.spin is not None:
-        rivals = arm.sampling.n if arm.pairing.rule == "all_pairs" else 1
-        return _Gathered(fresh, 0, _capped(prompts * rivals, arm.pairing))
+        whole = _Gathered(*(sum(values) for values in zip(*parts, strict=True)))
+        return whole._replace(pairs=_within(arm, whole.pairs))
     if source.stream is not None:
         return _streamed(experiment, arm, source, prompts)
-    return _Gathered(fresh, fresh, paired)
-
-
-def _capped(pairs: int, pairing: PairingSpec) -> int:
-    return pairs if pairing.max_pairs is None else min(pairs, pairing.max_pairs)
+    if source.spin is not None:
+        # The answer beats every sample; samples tie with each other.
+        beaten = n if arm.pairing.rule == "all_pairs" else 1
+        return _Gathered(prompts * (n + 1), prompts * n, 0, _within(arm, prompts * beaten))
+    return _Gathered(2 * prompts, 0, 2 * prompts if source.relabel else 0, _paired(arm, prompts, 2))
 
 
 def _streamed(experiment: Experiment, arm: ArmSettings, source: SourceSpec, prompts: int) -> _Gathered:
-    """Another arm's pairs; of an arm of another run, whose settings are not here, this arm's own count."""
-    other = experiment.arm(source.stream) if source.stream in experiment.arms else arm
-    theirs = _gathered(experiment, other, "current" if other is arm else other.source, prompts)
+    """Another arm's pairs or answers; of an arm of another run, whose settings are not here, this arm's count."""
+    if source.stream in experiment.arms:
+        other = experiment.arm(source.stream)
+        theirs = _gathered(experiment, other, other.source, prompts)
+    else:
+        theirs = _gathered(experiment, arm, "current", prompts)
     if source.take == "pairs":
-        return _Gathered(0, 0, theirs.pairs)
-    mine = _gathered(experiment, arm.model_copy(update={"sampling": other.sampling}), "current", prompts)
-    return _Gathered(0, mine.judged, mine.pairs)
+        return theirs._replace(sampled=0, judged=0)
+    pairs = _paired(arm, prompts, theirs.answers // prompts if prompts else 0)
+    return _Gathered(theirs.answers, 0, theirs.answers, pairs)
+
+
+def _paired(arm: ArmSettings, prompts: int, answers: int) -> int:
+    """The most pairs of so many answers to each prompt."""
+    return _within(arm, prompts * most_pairs(arm.pairing, answers))
+
+
+def _within(arm: ArmSettings, pairs: int) -> int:
+    return pairs if arm.pairing.max_pairs is None else min(pairs, arm.pairing.max_pairs)
 
 
 def most_pairs(pairing: PairingSpec, n: int) -> int:

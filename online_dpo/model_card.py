@@ -16,7 +16,7 @@ from online_dpo.types import Policy
 
 
 def write_model_card(arm: Arm, index: int, pinned: Pinned, pairs: int, folder: Path) -> None:
-    """Write `folder`/README.md for the policy in it, which round `index` trained on `pairs` pairs."""
+    """Write `folder`/README.md for the policy in it, which round `index` trained on `pairs` pairs (0: on groups)."""
     base = base_name(arm.run.store)
     adapter = arm.run.experiment.lora is not None
     rows = {
@@ -26,7 +26,7 @@ def write_model_card(arm: Arm, index: int, pinned: Pinned, pairs: int, folder: P
         "round": f"{index} of {arm.settings.rounds}",
         "algorithm": arm.settings.algorithm,
         "loss": arm.settings.describe_objective(),
-        "pairs of this round": str(pairs),
+        "pairs of this round": str(pairs) if pairs else "",
         "judge": arm.settings.judge.use,
         "began with": _policy(pinned.start),
         "reference": _policy(pinned.reference),

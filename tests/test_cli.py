@@ -206,6 +206,7 @@ def test_check_prints_the_plan_and_runs_nothing(desk: Desk) -> None:
     assert re.search(r"^ *on_policy +2 +18 +30 +6 +4 +240 ", result.stdout, re.MULTILINE), result.stdout
     assert re.search(r"^ *source +current +initial", result.stdout, re.MULTILINE)
     assert "engine: " in result.stdout
+    assert "warning: one seed: intervals are over prompts only" in result.stdout
     assert sorted(desk.folder.rglob("*")) == before
     assert desk.calls == []
 
@@ -223,6 +224,7 @@ def test_run_prints_its_tables_and_folder(desk: Desk) -> None:
     assert result.exit_code == 0, result.stderr
     for part in ("Held-out reward", "Pairs", "Training", "Speed", "Budget", "Prompt: ", "self_offline, round 2"):
         assert part in result.stdout
+    assert "warning: one seed: intervals are over prompts only" in result.stdout
     assert result.stdout.splitlines()[-1] == f"run folder: {desk.root}"
     assert "on_policy · seed 0 · round 1 sample: 9 answers" in result.stderr
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
