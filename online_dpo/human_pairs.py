@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-from online_dpo.answers import AnswerEncoder
+from online_dpo.dataset_rows import DatasetRows, Reading
 from online_dpo.errors import DataError
 from online_dpo.files import digest_json
-from online_dpo.preferences import Preference, group_of, load_preferences
+from online_dpo.preferences import Preference, drawn, group_of, load_preferences
+from online_dpo.prompts import message_id, with_system
 from online_dpo.records import read_rows, write_rows
 from online_dpo.source_spec import DatasetSpec
 from online_dpo.types import Candidate, Message, Pair, Prompt
@@ -39,39 +40,48 @@ class HumanPairs:
     dropped: dict[str, int] | None = None
 
 
-def load_human_pairs(
-    spec: DatasetSpec | None, encoder: AnswerEncoder, *, longest: int | None, folders: Sequence[Path] = ()
-) -> HumanPairs:
+def load_human_pairs(spec: DatasetSpec | None, reading: Reading, datasets: Iterable[DatasetRows] = ()) -> HumanPairs:
     """Read and tokenise the pairs of `spec` (None: there are none).
 
-    Left out beside what `load_preferences` leaves out: `too_long`, prompt and answer together of more than `longest`
-    tokens (None: no such limit); `has_end`, an answer that contains a token at which the policy would have stopped.
-    Raises `DataError` when no pair is left, and for what cannot be read.
+    Left out beside what `load_preferences` leaves out: `trained_on`, a prompt that the run or one of its `datasets`
+    trains on; of the others at most `spec.limit` are drawn, and of these left out `too_long`, prompt and answer
+    together longer than the model takes, and `has_end`, an answer with a token inside at which the policy would have
+    stopped. Raises `DataError` when no pair is left, and for what cannot be read.
     """
     if spec is None:
         return HumanPairs()
-    found = load_preferences(spec.path, folders=folders, split=spec.split, limit=spec.limit, name=spec.name)
-    dropped = found.dropped | {"too_long": 0, "has_end": 0}
+    found = load_preferences(spec.path, folders=reading.folders, split=spec.split, name=spec.name)
+    trained = {_key(prompt.messages) for prompt in reading.train}
+    trained |= {_key(row.prompt.messages) for rows in datasets for row in rows.rows}
+    others = [preference for preference in found.pairs if _key(preference.messages) not in trained]
+    dropped = found.dropped | {"trained_on": len(found.pairs) - len(others), "too_long": 0, "has_end": 0}
     pairs = []
-    for preference in found.pairs:
-        pair = _tokenised(preference, encoder, f"{spec.path}: pair '{preference.id}'")
+    for preference in drawn(others, spec.limit, seed=0):
+        pair = _tokenised(preference, reading, f"{spec.path}: pair '{preference.id}'")
         if pair is None:
             dropped["has_end"] += 1
-        elif longest is not None and _length(pair) > longest:
+        elif reading.longest is not None and _length(pair) > reading.longest:
             dropped["too_long"] += 1
         else:
             pairs.append(pair)
     if not pairs:
         lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-        raise DataError(f"evaluation.pairs: {spec.path} has no pair that the model can read (dropped: {lost})")
+        raise DataError(f"evaluation.pairs: {spec.path} has no pair to measure by (dropped: {lost})")
     return HumanPairs(tuple(pairs), dropped)
 
 
-def _tokenised(preference: Preference, encoder: AnswerEncoder, where: str) -> Pair | None:
-    prompt = Prompt(group_of(preference), preference.messages, encoder.prompt(preference.messages, where))
+def _key(messages: Sequence[Message]) -> str:
+    """Tells what is asked apart, whatever system message stands before it."""
+    return message_id(messages[1:] if messages[0].role == "system" else messages)
+
+
+def _tokenised(preference: Preference, reading: Reading, where: str) -> Pair | None:
+    asked = preference.messages
+    messages = with_system(asked, reading.system) if len(asked) == 1 else asked
+    prompt = Prompt(group_of(preference), messages, reading.encoder.prompt(messages, where))
     answers = []
     for index, text in enumerate((preference.chosen, preference.rejected)):
-        token_ids = encoder.answer(preference.messages, text, where)
+        token_ids = reading.encoder.answer(messages, text, where)
         if token_ids is None:
             return None
         answers.append(_answer(prompt.id, index, text, token_ids))

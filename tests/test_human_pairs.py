@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 from fakes import FakeLearner, fake_prompt
-from test_loop import Killed, World, experiment, results, with_death
+from test_loop import HELD_OUT, TRAIN, Killed, World, experiment, results, with_death
 
 from online_dpo.answers import AnswerEncoder
-from online_dpo.errors import DataError
+from online_dpo.dataset_rows import Reading, read_dataset
+from online_dpo.errors import DataError, RunFolderError
 from online_dpo.human_pairs import HumanPairs, load_human_pairs, pairs_digest, read_given_pairs, write_given_pairs
+from online_dpo.models import ResolvedModel
+from online_dpo.prompts import PromptSet
+from online_dpo.runs import Resolved, open_or_create, stored_human_pairs
 from online_dpo.scored_records import RankedPair, read_human_pairs, write_human_pairs
 from online_dpo.source_spec import DatasetSpec
-from online_dpo.types import Candidate, Pair, Policy, Prompt
+from online_dpo.types import Candidate, Message, Pair, Policy, Prompt
 
 END = 2
 
@@ -28,9 +32,10 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.fixture(scope="module")
-def encoder() -> AnswerEncoder:
-    return AnswerEncoder(byte_tokenizer(), (END,))
+def reading(longest: int | None = None, system: str | None = None, train: Sequence[Prompt] = ()) -> Reading:
+    """A model of one token a byte that reads so many; the run trains on these prompts."""
+    encoder = AnswerEncoder(byte_tokenizer(), (END,))
+    return Reading(encoder, train, held_out=(), longest_prompt=99, longest=longest, system=system)
 
 
 def write(folder: Path, rows: Sequence[dict[str, Any]]) -> DatasetSpec:
@@ -42,7 +47,7 @@ def write(folder: Path, rows: Sequence[dict[str, Any]]) -> DatasetSpec:
 # --- reading ---
 
 
-def test_pairs_are_tokenised_as_the_policy_would_see_them(tmp_path: Path, encoder: AnswerEncoder) -> None:
+def test_pairs_are_tokenised_as_the_policy_would_see_them(tmp_path: Path) -> None:
     spec = write(
         tmp_path,
         [
@@ -51,9 +56,10 @@ def test_pairs_are_tokenised_as_the_policy_would_see_them(tmp_path: Path, encode
             {"prompt": "How?", "chosen": "Thus.", "rejected": "So."},
         ],
     )
-    found = load_human_pairs(spec, encoder, longest=None)
+    found = load_human_pairs(spec, reading())
     assert [pair.chosen.text for pair in found.pairs] == ["So.", "Because.", "Thus."]
     for pair in found.pairs:
+        encoder = reading().encoder
         assert pair.prompt.token_ids == encoder.prompt(pair.prompt.messages)
         for answer in (pair.chosen, pair.rejected):
             assert answer.token_ids == encoder.answer(pair.prompt.messages, answer.text)
@@ -64,7 +70,7 @@ def test_pairs_are_tokenised_as_the_policy_would_see_them(tmp_path: Path, encode
     assert sum((found.dropped or {}).values()) == 0
 
 
-def test_what_the_model_cannot_read_is_left_out_and_counted(tmp_path: Path, encoder: AnswerEncoder) -> None:
+def test_what_the_model_cannot_read_is_left_out_and_counted(tmp_path: Path) -> None:
     """One token a byte: 4 for the prompt, a space, the answer, the end. The longer of 3 and 5 bytes: 11 tokens."""
     rows = [
         {"prompt": "Why?", "chosen": "yes", "rejected": "maybe"},
@@ -72,24 +78,49 @@ def test_what_the_model_cannot_read_is_left_out_and_counted(tmp_path: Path, enco
         {"prompt": "Why?", "chosen": "same", "rejected": "same"},
         {"prompt": "Why?", "chosen": "a</s>b", "rejected": "no"},
     ]
-    found = load_human_pairs(write(tmp_path, rows), encoder, longest=11)
+    found = load_human_pairs(write(tmp_path, rows), reading(11))
     assert [pair.chosen.text for pair in found.pairs] == ["yes"]
     assert {k: v for k, v in (found.dropped or {}).items() if v} == {"too_long": 1, "identical": 1, "has_end": 1}
-    with pytest.raises(DataError, match=r"evaluation\.pairs: .* no pair that the model can read .*2 too long"):
-        load_human_pairs(write(tmp_path, rows), encoder, longest=10)
+    with pytest.raises(DataError, match=r"evaluation\.pairs: .* no pair to measure by .*2 too long"):
+        load_human_pairs(write(tmp_path, rows), reading(10))
 
 
-def test_limit_bounds_them_and_nothing_is_nothing(tmp_path: Path, encoder: AnswerEncoder) -> None:
+def test_limit_bounds_them_and_nothing_is_nothing(tmp_path: Path) -> None:
     spec = write(tmp_path, [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(9)])
-    assert len(load_human_pairs(spec.model_copy(update={"limit": 4}), encoder, longest=None).pairs) == 4
-    assert load_human_pairs(None, encoder, longest=None) == HumanPairs()
+    assert len(load_human_pairs(spec.model_copy(update={"limit": 4}), reading()).pairs) == 4
+    assert load_human_pairs(None, reading()) == HumanPairs()
     with pytest.raises(DataError, match="no preference pairs at"):
-        load_human_pairs(DatasetSpec(path=str(tmp_path / "pears.jsonl")), encoder, longest=None)
+        load_human_pairs(DatasetSpec(path=str(tmp_path / "pears.jsonl")), reading())
 
 
-def test_the_runs_file_keeps_them_whole(tmp_path: Path, encoder: AnswerEncoder) -> None:
+def test_pairs_of_prompts_that_the_run_trains_on_are_left_out_before_any_is_drawn(tmp_path: Path) -> None:
+    """By what is asked, whatever system message stands before it: of ten, six are left, and four of them drawn."""
+    rows = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(10)]
+    train = [Prompt(str(i), (Message("system", "s"), Message("user", f"{i}?")), (1,)) for i in range(2)]
+    own = read_dataset(write(tmp_path, rows[2:4]), reading(), answers_alone=False)
+    found = load_human_pairs(write(tmp_path, rows).model_copy(update={"limit": 4}), reading(train=train), [own])
+    assert (found.dropped or {})["trained_on"] == 4
+    assert len(found.pairs) == 4
+    assert not {pair.prompt.text for pair in found.pairs} & {"0?", "1?", "2?", "3?"}
+    with pytest.raises(DataError, match="dropped: 2 trained on"):
+        load_human_pairs(write(tmp_path, rows[:2]), reading(train=train))
+
+
+def test_the_experiments_system_message_stands_before_plain_prompts(tmp_path: Path) -> None:
+    """A model without a chat template has no place for one, and says so; the prompt's id stays the question's."""
+    spec = write(tmp_path, [{"prompt": "Why?", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError, match="no chat template"):
+        load_human_pairs(spec, reading(system="Be brief."))
+    told = reading(system="Be brief.")
+    told.encoder.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (pair,) = load_human_pairs(spec, told).pairs
+    assert [message.role for message in pair.prompt.messages] == ["system", "user"]
+    assert pair.prompt.id == load_human_pairs(spec, reading()).pairs[0].prompt.id
+
+
+def test_the_runs_file_keeps_them_whole(tmp_path: Path) -> None:
     rows = [{"prompt": "é\n日?", "chosen": "🌳 ja", "rejected": '"no"'}]
-    pairs = load_human_pairs(write(tmp_path, rows), encoder, longest=None).pairs
+    pairs = load_human_pairs(write(tmp_path, rows), reading()).pairs
     write_given_pairs(tmp_path / "f.parquet", pairs)
     assert read_given_pairs(tmp_path / "f.parquet") == pairs
     assert pairs_digest(read_given_pairs(tmp_path / "f.parquet")) == pairs_digest(pairs)
@@ -189,3 +220,37 @@ def test_resuming_around_the_ranking_gives_what_an_uninterrupted_run_gives(
     with pytest.raises(Killed):
         with_death(ranking(tmp_path / "run"), "on_policy", index, "human_pairs", moment)
     assert results(ranking(tmp_path / "run").go().root) == whole
+
+
+# --- the run folder ---
+
+
+def resolved(folder: Path, pairs: tuple[Pair, ...]) -> Resolved:
+    spec = experiment(output=str(folder))
+    found = HumanPairs(pairs, {"too_long": 3}) if pairs else HumanPairs()
+    model = ResolvedModel("m", folder, "digest", "folder")
+    return Resolved(spec, folder, model, PromptSet(TRAIN, HELD_OUT, {}, False), {}, human_pairs=found)
+
+
+def test_a_run_keeps_its_pairs_and_is_refused_with_others(tmp_path: Path) -> None:
+    """As they were tokenised when it began; in the manifest how many, what was left out, and their digest."""
+    store = open_or_create(resolved(tmp_path, PAIRS))
+    assert stored_human_pairs(store) == PAIRS
+    assert store.manifest["human_pairs"] == {"pairs": 4, "dropped": {"too_long": 3}, "digest": pairs_digest(PAIRS)}
+    assert stored_human_pairs(open_or_create(resolved(tmp_path, PAIRS))) == PAIRS
+    for others in (PAIRS[:3], ()):
+        with pytest.raises(RunFolderError, match=r"pairs of evaluation\.pairs are not those that the run began"):
+            open_or_create(resolved(tmp_path, others))
+
+
+def test_a_changed_file_of_pairs_stops_the_run(tmp_path: Path) -> None:
+    store = open_or_create(resolved(tmp_path, PAIRS))
+    write_given_pairs(store.root / "human_pairs.parquet", PAIRS[:2])
+    with pytest.raises(RunFolderError, match=r"human_pairs\.parquet was changed after the run began"):
+        stored_human_pairs(store)
+
+
+def test_a_run_without_pairs_has_no_file(tmp_path: Path) -> None:
+    store = open_or_create(resolved(tmp_path, ()))
+    assert stored_human_pairs(store) == ()
+    assert not (store.root / "human_pairs.parquet").exists()
