@@ -144,6 +144,8 @@ def test_coverage_holds_where_satterthwaites_does_not() -> None:
 def test_coverage_is_at_least_about_95_per_cent_throughout(prompts: int, seeds: int) -> None:
     """Nothing, a little or nearly all of the variance from seeds; from prompts; heavy tails. 2000 experiments each: the
     standard error of a coverage of 0.95 is 0.005."""
-    for of_prompts, relative, heavy in product((0.0, 1.0, 5.0), (0.0, 0.5, 1.0, 2.0, 5.0, 20.0), (False, True)):
-        ours, _ = coverage(prompts, seeds, of_prompts, relative, heavy, 2000)
-        assert ours > 0.935, (prompts, seeds, of_prompts, relative, heavy, ours)
+    settings_of = product((0.0, 1.0, 5.0), (0.0, 0.5, 1.0, 2.0, 5.0, 20.0), (False, True))
+    found = [coverage(prompts, seeds, *setting, 2000) for setting in settings_of]
+    ours, usual = min(one for one, _ in found), min(other for _, other in found)
+    print(f"{prompts} prompts × {seeds} seeds: at worst {ours:.3f}, by Satterthwaite's degrees of freedom {usual:.3f}")
+    assert ours > 0.935

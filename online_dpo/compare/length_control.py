@@ -64,13 +64,11 @@ class _Model:
 
     def slope(self, a: float) -> float:
         """The b that is best for this a."""
-        return _root(lambda b: float(self.h @ (self.wins - expit(a + b * self.h))) - PRECISION * b, -STEEPEST, STEEPEST)
+        return _root(lambda b: float(self.h @ (self.wins - expit(a + b * self.h))) - PRECISION * b, STEEPEST)
 
     def best(self) -> float:
         """â. By the envelope theorem the profile's slope in a is that of the likelihood at the best b."""
-        return _root(
-            lambda a: float((self.wins - expit(a + self.slope(a) * self.h)).sum()) - PRECISION * a, -BOUND, BOUND
-        )
+        return _root(lambda a: float((self.wins - expit(a + self.slope(a) * self.h)).sum()) - PRECISION * a, BOUND)
 
     def profile(self, a: float) -> float:
         """The penalised log-likelihood of a at the best b."""
@@ -105,5 +103,9 @@ def _squashed(longer: Values) -> Values:
     return np.tanh(longer / scale) if scale > 0 else np.zeros_like(longer)
 
 
-def _root(falling: Callable[[float], float], low: float, high: float) -> float:
-    return float(brentq(falling, low, high, xtol=1e-9))
+def _root(falling: Callable[[float], float], most: float) -> float:
+    """Where `falling` is 0, at most `most` from 0: looked for near 0 first, where it nearly always is."""
+    near = 4.0
+    while near < most and not falling(-near) > 0 > falling(near):
+        near = min(most, 4 * near)
+    return float(brentq(falling, -near, near, xtol=1e-9))
