@@ -103,8 +103,8 @@ class TrainStep:
 
     Of pairs: `margin` is β(r_w − r_l), `accuracy` the share with margin > 0 (ties half), `r_w` and `r_l` the log-ratios
     against the reference (nats a sequence): chosen falling is the sign of off-policy pairs. Of groups: `reward`, the
-    judge's mean score, and `kl`, the mean of log(π/π_ref) over their answers (nats a sequence). None where a step has
-    no such figure. `tokens` counts what was computed, prompts included.
+    judge's mean score, and `kl`, an estimate of KL(π‖π_ref): the mean of log(π/π_ref) over their answers by their
+    weights (nats a sequence). None where a step has no such figure. `tokens` counts what was computed, with prompts.
     """
 
     step: int
