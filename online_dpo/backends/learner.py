@@ -105,8 +105,8 @@ class LocalLearner:
     ) -> Iterator[tuple[TrainStep, StepSums | None]]:
         """Every step, with its sums; without them where a checkpoint has it."""
         optimiser = make_optimiser(self.model.trainable, job.dpo)
-        batches = batch_order(len(loss), job.dpo, job.seed, job.part and job.part.steps)
-        first, total = (job.part.first, job.part.total) if job.part else (0, len(batches))
+        batches = batch_order(len(loss), job.dpo, job.seed, None if job.part is None else job.part.steps)
+        first, total = (0, len(batches)) if job.part is None else (job.part.first, job.part.total)
         progress = self._begin(job.part, optimiser, checkpoint)
         yield from ((step, None) for step in progress.steps)
         for number in range(len(progress.steps), len(batches)):
