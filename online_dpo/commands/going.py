@@ -80,9 +80,10 @@ def _print_verdict(store: RunStore, console: Console) -> None:
     from online_dpo.display import clean
     from online_dpo.plan_display import warning_lines
 
-    for line in closing_lines(store):
+    lines = closing_lines(store)
+    for line in lines:
         console.print(clean(line), markup=False)
-    if warnings := confounded(store.experiment):
+    if lines and (warnings := confounded(store.experiment)):
         console.print(warning_lines(warnings))
 
 
