@@ -14,6 +14,7 @@ from fakes import FakeLearner, logprobs_of
 from test_loop import HELD_OUT, Killed, TwoAnswers, World, experiment, results, with_death
 
 from online_dpo.config import Experiment
+from online_dpo.off_policy_stage import drawn_exactly
 from online_dpo.records import read_candidates, read_held_out, read_pairs
 from online_dpo.scored_records import ScoredAnswer, read_off_policy, write_off_policy
 from online_dpo.types import Candidate, Policy, Prompt
@@ -256,3 +257,31 @@ def test_scored_answers_keep_every_bit(tmp_path: Path) -> None:
     found = read_off_policy(tmp_path / "f.parquet")
     assert found == answers
     assert math.copysign(1, found[0].reference_logprobs[1]) == -1
+
+
+# --- how answers were drawn ---
+
+
+@pytest.mark.parametrize(
+    ("change", "exact"),
+    [
+        ({}, True),
+        ({"sampling": {"n": 3, "top_p": 0.5}}, False),
+        ({"source": {"stream": "hot"}}, False),
+        ({"source": {"stream": "cool"}, "sampling": {"n": 3, "temperature": 0.5}}, True),
+        ({"source": {"dataset": "pairs.jsonl"}, "sampling": {"n": 3, "temperature": 0.5}}, True),
+        (
+            {"source": {"mixture": [{"share": 0.5, "source": "initial"}, {"share": 0.5, "source": {"stream": "hot"}}]}},
+            False,
+        ),
+    ],
+)
+def test_answers_are_drawn_as_the_arm_that_made_them_says(change: dict[str, Any], exact: bool) -> None:
+    arms = {"cool": {}, "hot": {"sampling": {"n": 3, "temperature": 0.7}}, "a": change}
+    assert drawn_exactly(experiment(arms=arms), "a", 0, ()) is exact
+
+
+def test_a_stream_of_a_stream_is_followed_to_its_beginning() -> None:
+    arms = {"hot": {"sampling": {"n": 3, "temperature": 0.7}}, "b": {"source": {"stream": "hot"}}}
+    spec = experiment(arms=arms | {"a": {"source": {"stream": "b"}}})
+    assert drawn_exactly(spec, "a", 0, ()) is False
