@@ -798,10 +798,10 @@ def test_discarding_is_finished_after_a_death_in_the_middle_of_it(tmp_path: Path
 # --- any death, any stage, any round ---
 
 
-def with_death(world: World, arm: str, index: int, stage: str, moment: str) -> None:
-    """Run `world`; raise `Killed` before, within or after a stage (or the closing) of one round."""
+def with_death(world: World, arm: str, index: int, stage: str, moment: str, inside: str = ".") -> None:
+    """Run `world`; raise `Killed` before, within or after a stage (or the closing) of one round, or of a folder in it."""
     real_stage, real_close = RoundFolder.stage, RoundFolder.close
-    fatal = world.folder(arm, index).path
+    fatal = world.folder(arm, index).path / inside
 
     def dying_stage(
         self: RoundFolder,
