@@ -79,6 +79,8 @@ def metrics_row(arm: str = "on_policy", seed: int = 0, index: int = 1) -> dict[s
         "judge": {"verdicts": 94, "abstained": 2, "reasons": {"declined": 2}},
         "pairs": {"kept": 22, "dropped": {"tie": 3, "same_text": 0, "below_margin": 4}, "margin": 0.81},
         "train": {
+            "trained": "pairs",
+            "answers": 44,
             "steps": 6,
             "loss_first": 0.69315,
             "loss_last": 0.512,
@@ -224,9 +226,11 @@ def test_the_figures_are_there() -> None:
 def test_budget_sums_rounds_of_an_arm_and_seed() -> None:
     rows = [metrics_row(seed=seed, index=index) for seed in (0, 1) for index in (0, 1, 2)]
     lines = [line.split() for line in rendered(budget_table(rows)).splitlines() if "on_policy" in line]
-    # arm, seed, rounds, answers 2·96, tokens 2·5800, judged 2·(94+2), pairs 2·22, steps 2·6, tokens 2·9000,
-    # seconds 3·21.24 + 2·(34.12 + 0.1 + 0.02 + 90.34) = 312.88
-    assert lines == [["on_policy", seed, "2", "192", "11600", "192", "44", "12", "18000", "313"] for seed in ("0", "1")]
+    # arm, seed, rounds, answers 2·96, tokens 2·5800, judged 2·(94+2), pairs 2·22, steps 2·6, answers trained on
+    # 2·44, tokens 2·9000, seconds 3·21.24 + 2·(34.12 + 0.1 + 0.02 + 90.34) = 312.88
+    assert lines == [
+        ["on_policy", seed, "2", "192", "11600", "192", "44", "12", "88", "18000", "313"] for seed in ("0", "1")
+    ]
 
 
 def test_tables_fit_a_hundred_columns_without_wrapping() -> None:

@@ -37,15 +37,17 @@ def budget_table(metrics: Rows) -> Group:
     columns: list[Column] = [
         ("rounds", lambda row: number(row["rounds"])),
         ("answers", lambda row: number(row["answers"], places=0)),
-        ("tokens sampled", lambda row: number(row["sampled"], places=0)),
+        ("tokens", lambda row: number(row["sampled"], places=0)),
         ("judged", lambda row: number(row["judged"], places=0)),
         ("pairs", lambda row: number(row["pairs"], places=0)),
         ("steps", lambda row: number(row["steps"], places=0)),
-        ("answers trained", lambda row: number(row["learned"], places=0)),
+        ("trained", lambda row: number(row["learned"], places=0)),
         ("tokens trained", lambda row: number(row["trained"], places=0)),
         ("seconds", lambda row: number(row["seconds"], places=0)),
     ]
-    return spaced(figure_table("Budget (all rounds)", sums, columns, _objectives(metrics), round_column=False))
+    notes = ["answers, tokens: sampled; trained: answers that steps took, each as often as it was taken", _objectives(metrics)]
+    caption = "\n".join(note for note in notes if note)
+    return spaced(figure_table("Budget (all rounds)", sums, columns, caption, round_column=False))
 
 
 def _objectives(metrics: Rows) -> str | None:
