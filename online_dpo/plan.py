@@ -14,6 +14,7 @@ from online_dpo.config import ArmSettings, Experiment, flatten
 from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.rounds import averaging
 from online_dpo.runs import Resolved
+from online_dpo.source_spec import source_kind
 
 BYTES_A_STORED_TOKEN = 8
 """A token id (int32) and its log-prob (float32), before compression."""
@@ -46,7 +47,7 @@ def _plan_arm(experiment: Experiment, name: str, held_out: int, policy_bytes: in
     budget = arm_budget(experiment, name, held_out)
     initial_tokens = held_out * held_out_sampling(experiment, arm).max_tokens
     kept = arm.rounds if experiment.keep == "all" else min(arm.rounds, 2)
-    kept += averages_kept(experiment, arm)
+    kept += averages_kept(experiment, arm) + blocks_kept(arm)
     return ArmPlan(
         arm=name,
         rounds=arm.rounds,
@@ -62,6 +63,12 @@ def averages_kept(experiment: Experiment, arm: ArmSettings) -> int:
         return 0
     sizes = [1 if experiment.lora is None else t - 1 for t in range(2, arm.rounds + 1)]
     return sum(sizes if experiment.keep == "all" else sizes[-2:])
+
+
+def blocks_kept(arm: ArmSettings) -> int:
+    """What a round that is made in blocks holds for a while beside its policy, in policies: two blocks' weights with
+    AdamW's two moments of each, the one that is trained and the one that it goes on from."""
+    return 5 if source_kind(arm.source) == "every_steps" else 0
 
 
 def policy_size(experiment: Experiment, path: Path) -> int:

@@ -16,7 +16,7 @@ from online_dpo.budget import most_pairs
 from online_dpo.config import Experiment, LoraSpec, PairingSpec, validate_experiment
 from online_dpo.models import ResolvedModel
 from online_dpo.pairing import make_pairs
-from online_dpo.plan import averages_kept, differences, plan_arms, policy_size, tensor_shapes
+from online_dpo.plan import averages_kept, blocks_kept, differences, plan_arms, policy_size, tensor_shapes
 from online_dpo.plan_display import plan_tables
 from online_dpo.prompts import PromptSet
 from online_dpo.runs import Resolved
@@ -129,6 +129,13 @@ def test_the_bound_is_what_the_rule_makes_of_untied_answers(rule: str, n: int, k
 def test_averaged_references_take_disk(changes: dict[str, Any], policies: int) -> None:
     spec = experiment(**{"rounds": 4} | changes)
     assert averages_kept(spec, spec.arm("on_policy")) == policies
+
+
+def test_a_round_in_blocks_takes_disk_while_it_is_made() -> None:
+    """Weights and two moments, of the block that is trained and of the one before; one of the six is the policy."""
+    online = {"source": {"every_steps": 1}, "dpo": {"epochs": 1}}
+    spec = experiment(arms={"on_policy": {}, "online": online})
+    assert [blocks_kept(spec.arm(name)) for name in spec.arms] == [0, 5]
 
 
 def safetensors(file: Path, shapes: dict[str, list[int]], dtype: str) -> None:
