@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from comparing_parts import outcome
@@ -85,8 +87,8 @@ def test_one_who_won_everything_is_finite_and_unsure() -> None:
 
 
 def test_all_ties_are_equal_strength_and_abstentions_count_for_nothing() -> None:
-    start = np.arange(20.0)
-    later = np.where(start < 5, np.nan, start)
+    start = [float(level) for level in range(20)]
+    later = [math.nan if level < 5 else level for level in range(20)]
     grid = make_grid([outcome("a", 0, 0, start), outcome("a", 0, 1, later)])
     rated = {one.arm: one.strength for one in league(grid)}
     assert rated["a"].mean == pytest.approx(0.0, abs=1e-6)

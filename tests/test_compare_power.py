@@ -39,6 +39,16 @@ def test_power_is_what_simulation_finds(
     assert found_share(difference, parts, prompts, seeds, alpha, 300) == pytest.approx(promised, abs=0.09)
 
 
+@pytest.mark.parametrize(("seeds", "difference"), [(3, 1.0), (5, 0.6), (12, 0.3)])
+def test_power_where_seeds_alone_matter_is_that_of_students_t(seeds: int, difference: float) -> None:
+    """Every prompt says the same of a seed: the seeds' means are the sample."""
+    from scipy import stats
+
+    bound, shift = stats.t.ppf(0.975, seeds - 1), difference * math.sqrt(seeds / 0.2)
+    exact = stats.nct.sf(bound, seeds - 1, shift) + stats.nct.cdf(-bound, seeds - 1, shift)
+    assert power(difference, Components(0.0, 0.2, 0.0), 50, seeds, 0.05) == pytest.approx(exact, abs=0.01)
+
+
 def spread(mean: float, prompts: int, seeds: int, parts: Components) -> Crossed:
     """Mean squares at their expectations."""
     return Crossed(

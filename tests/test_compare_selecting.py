@@ -7,6 +7,8 @@ import pytest
 from comparing_parts import ids, outcome
 
 from online_dpo.compare.selecting import Select, halves, selected_round
+from online_dpo.config import validate_experiment
+from online_dpo.errors import ConfigError
 
 
 def test_halves_are_disjoint_equal_and_do_not_depend_on_the_order() -> None:
@@ -25,6 +27,14 @@ def test_rules(select: Select, expected: int) -> None:
     reward, gold = (9.0, 1.0, 3.0, 2.0), (9.0, 5.0, 3.0, 4.0)
     rounds = {i: outcome("a", 0, i, [reward[i]] * 8, gold=np.full(8, gold[i])) for i in range(4)}
     assert selected_round(rounds, select) == expected
+
+
+def test_best_gold_is_refused_before_a_run_where_no_judge_is_gold() -> None:
+    plain = {"name": "a", "model": "m", "prompts": {"path": "p"}, "judge": "judges.length:LengthJudge"}
+    with pytest.raises(ConfigError, match="best_gold needs a judge at evaluation"):
+        validate_experiment({**plain, "select": "best_gold"}, "test")
+    gold = {"gold": "judges.length:LengthJudge"}
+    assert validate_experiment({**plain, "select": "best_gold", "evaluation": gold}, "test").select == "best_gold"
 
 
 def test_the_earliest_of_equals_and_rounds_that_cannot_be_told_apart() -> None:

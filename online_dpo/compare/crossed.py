@@ -112,10 +112,11 @@ def half_width(ms_p: Any, ms_s: Any, ms_ps: Any, prompts: int, seeds: int, alpha
         B = t²_{P−1} (max(MS_p, MS_ps) + max(MS_s, MS_ps) − MS_ps)
 
     (P and S change places in A where there are more seeds than prompts). A gives each of two estimates of variance its
-    own t, squared, which covers at least as often as it says where they are independent (Banerjee, Sankhyā 22, 1960); B,
-    the variance with components truncated at 0, stops seeds that agree by chance from making it narrow. In simulations
-    (tests/test_compare_crossed.py) Satterthwaite's degrees of freedom for the sum cover as little as 0.82 of the time
-    at 2 seeds and 0.87 at 3; this covers 0.94 or more throughout, and pays with width where seeds do not matter.
+    own t, squared, which covers at least as often as it says where they are independent (Banerjee, Sankhyā 22, 1960).
+    B, the variance with components truncated at 0, stops seeds that agree by chance from making it narrow. In
+    simulations (tests/test_compare_crossed.py) Satterthwaite's degrees of freedom for the sum cover as little as 0.82
+    of the time at 2 seeds and 0.87 at 3; this covers 0.94 or more throughout, and pays with width where seeds do not
+    matter.
     """
     many, few = t_quantile(max(prompts, seeds) - 1, alpha), t_quantile(min(prompts, seeds) - 1, alpha)
     if seeds == 1:
