@@ -7,6 +7,7 @@
     RUN/prompts.parquet                     all prompts, tokenised, with their split
     RUN/human_pairs.parquet                 pairs by people, tokenised (evaluation.pairs)
     RUN/verdicts.sqlite, logps.sqlite       what judges said; references' log-probs that no engine stored
+    RUN/sft/policy/, sft/stages/            the initial policy where the experiment fine-tunes it first
     RUN/progress.json                       while a process works on the run: how far its stage is
     RUN/tracked.json, tensorboard/          rounds that trackers have; TensorBoard's event files
     RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
