@@ -36,27 +36,37 @@ class AnswerEncoder:
         unless the prompt ends with white space. The prompt's tokens are never merged with the answer's first.
         None for an answer that contains a token at which the policy would have stopped.
         """
-        before, after, end = (self._turn if has_template(self.tokenizer) else self._plain)(messages, answer, where)
-        token_ids = self._behind(self.prompt(messages, where), before, after)
-        if {end, *self.ends} & set(token_ids):
-            return None
-        return token_ids if end is None else (*token_ids, end)
+        return self.answers(messages, [answer], self.prompt(messages, where), where)[0]
 
-    def _plain(self, messages: Sequence[Message], answer: str, where: str) -> tuple[str, str, int | None]:
-        before = messages[0].content
-        return before, answer if before[-1:].isspace() else f" {answer}", self._end()
+    def answers(
+        self, messages: Sequence[Message], answers: Sequence[str], prompt_ids: tuple[int, ...], where: str = "answer"
+    ) -> list[tuple[int, ...] | None]:
+        """`answer` of each of several answers to one prompt, whose tokens are `prompt_ids`."""
+        chat = has_template(self.tokenizer)
+        before = self._rendered(messages, where, begins_answer=True) if chat else messages[0].content
+        found: list[tuple[int, ...] | None] = []
+        for answer in answers:
+            after, end = self._turn(before, messages, answer, where) if chat else self._plain(before, answer)
+            token_ids = self._behind(prompt_ids, before, after)
+            if {end, *self.ends} & set(token_ids):
+                found.append(None)
+            else:
+                found.append(token_ids if end is None else (*token_ids, end))
+        return found
 
-    def _turn(self, messages: Sequence[Message], answer: str, where: str) -> tuple[str, str, int | None]:
-        """The prompt as the template writes it, what the template makes of the answer, and the turn's end token."""
-        before = self._rendered(messages, where, begins_answer=True)
+    def _plain(self, before: str, answer: str) -> tuple[str, int | None]:
+        return answer if before[-1:].isspace() else f" {answer}", self._end()
+
+    def _turn(self, before: str, messages: Sequence[Message], answer: str, where: str) -> tuple[str, int | None]:
+        """What the template makes of the answer behind the prompt's text `before`, and the turn's end token."""
         whole = self._rendered((*messages, Message("assistant", answer)), where, begins_answer=False)
         turn = whole[len(before) :]
         if not whole.startswith(before) or answer not in turn:
-            return before, answer, self._end()  # a template that writes finished turns in another way
+            return answer, self._end()  # a template that writes finished turns in another way
         stop = turn.index(answer) + len(answer)
         special = {*self.ends, *self.tokenizer.all_special_ids}
         end = next((token for token in self._ids(turn[stop:]) if token in special), None)
-        return before, turn[:stop], self._end() if end is None else end
+        return turn[:stop], self._end() if end is None else end
 
     def _rendered(self, messages: Sequence[Message], where: str, *, begins_answer: bool) -> str:
         from jinja2 import TemplateError

@@ -94,16 +94,16 @@ def read_dataset(spec: DatasetSpec, reading: Reading, *, answers_alone: bool) ->
     Left out and counted, beside what reading them leaves out: `held_out`, a row whose prompt the run keeps for
     measuring; `prompt_too_long`; `too_long`, prompt and answer together longer than the model takes (an answer cut
     short would be another one than was labelled); `has_end`, an answer with a token inside at which the policy would
-    have stopped. A row of one of the run's prompts is given that prompt's tokens.
+    have stopped. A row of one of the run's prompts is given that prompt's tokens (a system message makes no other one).
     Raises `DataError`: what cannot be read, or no usable row.
     """
     given, lost = _given(spec, reading, answers_alone=answers_alone)
     dropped = Counter(lost)
-    train = {_key(prompt.messages, reading.system): prompt for prompt in reading.train}
-    held_out = {_key(prompt.messages, reading.system) for prompt in reading.held_out}
+    train = {_key(prompt.messages): prompt for prompt in reading.train}
+    held_out = {_key(prompt.messages) for prompt in reading.held_out}
     rows, own = [], []
     for one in given:
-        key = _key(one.messages, reading.system)
+        key = _key(one.messages)
         row = "held_out" if key in held_out else _tokenised(one, train.get(key), reading, spec.path)
         if isinstance(row, str):
             dropped[row] += 1
@@ -130,10 +130,9 @@ def _given(spec: DatasetSpec, reading: Reading, *, answers_alone: bool) -> tuple
     return (_Given(one.id, one.messages, (one.chosen, one.rejected)) for one in pairs.pairs), pairs.dropped
 
 
-def _key(messages: Sequence[Message], system: str | None) -> str:
-    """Tells conversations apart; the experiment's own system message is no part of one."""
-    own = messages[1:] if system is not None and messages[0] == Message("system", system) else messages
-    return message_id(own)
+def _key(messages: Sequence[Message]) -> str:
+    """Tells what is asked apart, whatever system message stands before it: the experiment's, the dataset's or none."""
+    return message_id(messages[1:] if messages[0].role == "system" else messages)
 
 
 def _tokenised(one: _Given, known: Prompt | None, reading: Reading, path: str) -> Row | str:
@@ -147,8 +146,8 @@ def _tokenised(one: _Given, known: Prompt | None, reading: Reading, path: str) -
     if len(prompt_ids) > reading.longest_prompt:
         return "prompt_too_long"
     answers = []
-    for text in one.texts:
-        token_ids = reading.encoder.answer(messages, text, where)
+    encoded = reading.encoder.answers(messages, one.texts, prompt_ids, where)
+    for text, token_ids in zip(one.texts, encoded, strict=True):
         if token_ids is None:
             return "has_end"
         if reading.longest is not None and len(prompt_ids) + len(token_ids) > reading.longest:

@@ -73,6 +73,17 @@ def test_the_experiments_system_message_is_no_part_of_a_prompts_identity(tmp_pat
     assert [row.prompt.messages for row in found.rows] == [train[0].messages, (be, Message("user", "Another"))]
 
 
+def test_answers_given_under_another_system_message_serve_the_runs_prompt(tmp_path: Path) -> None:
+    """As another model's exported answers: the run's prompt is plain text, and its tokens are taken."""
+    [row] = pairs_of(TRAIN[:1])
+    chat = [{"role": "system", "content": "Go on."}, {"role": "user", "content": row["prompt"]}]
+    held_out = [chat[0], {"role": "user", "content": HELD_OUT[0].text}]
+    path = write(tmp_path / "p.jsonl", [row | {"prompt": chat}, row | {"prompt": held_out}])
+    found = rows_in(path)
+    assert found.of_prompt[TRAIN[0].id][0].prompt.token_ids == TRAIN[0].token_ids
+    assert found.dropped["held_out"] == 1
+
+
 def test_what_does_not_fit_is_dropped_and_counted(tmp_path: Path) -> None:
     """Tokens are bytes. Prompt 10, answers " yes</s>" 5 and " no</s>" 4: 15 fit in 15. Nothing is cut."""
     fits = {"prompt": "p" * 10, "chosen": "yes", "rejected": "no"}
