@@ -145,6 +145,25 @@ def test_each_policy_scores_once_and_the_file_says_under_which(tmp_path: Path) -
         assert rows(world, "a", index) == expected
 
 
+def test_implicit_accuracy_is_of_the_rounds_end_against_its_reference(tmp_path: Path) -> None:
+    """π_t against π₀, not against π_(t−1), which the round began with, nor alone: by rounds these are other shares."""
+    arms = {"a": {"reference": "initial", "pairing": {"rule": "all_pairs"}}}
+    world = World(tmp_path / "run", measured(arms=arms, rounds=4)).go()
+
+    def accuracy(index: int, other: str | None) -> float:
+        levels = [
+            sum(row.end_logprobs) - (0.0 if other is None else sum(getattr(row, f"{other}_logprobs")))
+            for row in rows(world, "a", index)
+        ]
+        differences = [chosen - rejected for chosen, rejected in zip(levels[::2], levels[1::2], strict=True)]
+        return sum(one > 0 for one in differences) / len(differences)
+
+    by_reference, by_start, alone = ([accuracy(i, other) for i in (2, 3, 4)] for other in ("reference", "start", None))
+    found = [world.metrics()["a", index]["off_policy"]["implicit_accuracy"]["mean"] for index in (2, 3, 4)]
+    assert found == pytest.approx(by_reference)
+    assert by_start != by_reference != alone
+
+
 def test_an_answer_in_several_pairs_is_scored_once(tmp_path: Path) -> None:
     """All pairs of three answers are three a prompt: each answer stands in two, and has one row for each."""
     world = World(tmp_path / "run", measured(arms={"a": {"pairing": {"rule": "all_pairs"}}}, rounds=1)).go()
