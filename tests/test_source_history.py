@@ -96,7 +96,7 @@ def test_the_first_round_is_an_on_policy_one(tmp_path: Path) -> None:
     assert [call[0] for call in world.asked("train")] == ["on_policy/seed_0/round_01"]
 
 
-@pytest.mark.parametrize("per_round", [2, 3])
+@pytest.mark.parametrize("per_round", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_round_draws_as_many_as_it_made_from_its_last_rounds(tmp_path: Path, per_round: int) -> None:
     """Of what rounds t, t−1 and t−2 made (not of what they drew), with the very tokens and log-probs; seven prompts, so
     that prompts come again within the window."""
@@ -137,18 +137,16 @@ def test_a_strong_decay_leaves_the_fresh_pairs_alone(tmp_path: Path) -> None:
 
 
 def test_seeds_draw_differently(tmp_path: Path) -> None:
-    spec = experiment(arms={"a": {"source": {"history": 3}}}, rounds=4, seeds=[0, 1, 2, 3])
+    spec = experiment(arms={"a": {"source": {"history": 3}}}, rounds=3, seeds=[0, 1, 2])
     world = World(tmp_path / "run", spec).go()
-    drawn = {
-        str([world.run.store.round("a", seed, i).metrics["pairs"]["by_age"] for i in (2, 3, 4)]) for seed in range(4)
-    }
+    drawn = {str([world.run.store.round("a", seed, i).metrics["pairs"]["by_age"] for i in (2, 3)]) for seed in range(3)}
     assert len(drawn) > 1
 
 
-@pytest.mark.parametrize("keep", ["all", "last"])
+@pytest.mark.parametrize("keep", [pytest.param("all", marks=pytest.mark.slow), "last"])
 def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, keep: str) -> None:
     """Killed in the round's own stages and in those of its fresh part."""
-    spec = experiment(arms={"a": {"source": {"history": 2}}}, rounds=3, keep=keep)
+    spec = experiment(arms={"a": {"source": {"history": 2}}}, rounds=4, keep=keep)
     whole = results(World(tmp_path / "whole" / "run", spec).go().root)
     world = World(tmp_path / "run", spec)
     for index, stage, moment in (
@@ -164,13 +162,12 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, keep: st
         with pytest.raises(Killed):
             with_death(world.reopen(), "a", index, stage, moment)
     for stage in ("sample", "judge", "pair"):
-        again = World(tmp_path / f"fresh_{stage}" / "run", spec)
         with pytest.raises(Killed):
-            with_death(again, "a", 2, stage, "within", inside="fresh")
-        assert results(again.reopen().go().root) == whole
+            with_death(world.reopen(), "a", 4, stage, "within", inside="fresh")
     assert results(world.reopen().go().root) == whole
 
 
+@pytest.mark.slow
 def test_the_audit_of_the_fresh_part_is_the_rounds(tmp_path: Path) -> None:
     spec = experiment(arms={"a": {"source": {"history": 2}}}, rounds=1, audit={"prompts": 2})
     world = World(tmp_path / "run", spec).go()

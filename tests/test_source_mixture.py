@@ -154,8 +154,25 @@ def test_what_parts_need_is_kept(tmp_path: Path) -> None:
     assert world.metrics()["a", 4]["policy"]["digest"] == free.metrics()["a", 4]["policy"]["digest"]
 
 
+def test_resuming_again_and_again_gives_what_an_uninterrupted_run_gives(tmp_path: Path) -> None:
+    spec = mixed((0.5, "initial"), (0.5, {"history": 2}), keep="last")
+    whole = results(World(tmp_path / "whole" / "run", spec).go().root)
+    world = World(tmp_path / "run", spec)
+    for place, stage, moment in (
+        ("part_1", "judge", "within"),
+        ("part_2/fresh", "sample", "before"),
+        ("part_2", "pair", "within"),
+        (".", "sample", "within"),
+        (".", "pair", "after"),
+    ):
+        with pytest.raises(Killed):
+            with_death(world.reopen(), "a", 2, stage, moment, inside=place)
+    assert results(world.reopen().go().root) == whole
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["part_1", "part_2", "part_2/fresh", "."])
-def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path: Path, place: str) -> None:
+def test_resuming_after_any_death(tmp_path: Path, place: str) -> None:
     spec = mixed((0.5, "initial"), (0.5, {"history": 2}), keep="last")
     whole = results(World(tmp_path / "whole" / "run", spec).go().root)
     for stage in ("sample", "judge", "pair"):
@@ -181,6 +198,7 @@ def test_a_damaged_part_stops_the_resumed_run_by_name(tmp_path: Path) -> None:
         run_experiment(world.reopen().run)
 
 
+@pytest.mark.slow
 def test_the_audit_of_the_first_part_that_has_one_is_the_rounds(tmp_path: Path) -> None:
     spec = mixed((0.5, {"stream": "other"}), (0.5, "current"), others={"other": {}}, rounds=1, audit={"prompts": 2})
     world = World(tmp_path / "run", spec).go()
