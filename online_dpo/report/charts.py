@@ -36,6 +36,8 @@ def line_chart(
     drawn = [line for line in lines if line.curve]
     if not drawn:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = sheet(_height(len(drawn)))
     if level is not None:
         reference_line(axes, level)
@@ -53,7 +55,7 @@ def line_chart(
             label=plain(line.label),
         )  # fmt: skip
     axes.set(xlabel="round", ylabel=axis)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(name, title, _said(title, drawn), figure, axes)
 
 
@@ -164,7 +166,7 @@ def matrix_chart(
     side = max(WIDTH, 1.6 + 0.5 * len(columns))
     figure, axes = sheet(max(2.6, 1.5 + 0.42 * len(rows)), side)
     colours = LinearSegmentedColormap.from_list("shares", ["#f0b27a", "#f7f7f7", "#85c1e9"])
-    axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, edgecolors="#ffffff", linewidth=1)
+    axes.pcolormesh(values, cmap=colours, vmin=0, vmax=1, edgecolors="#ffffff", linewidth=1)
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             if math.isfinite(value):

@@ -34,8 +34,8 @@ def finish(name: str, title: str, alt: str, figure: Figure, axes: Axes, *, legen
     axes.set_title(plain(title), fontsize=10, loc="left", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.xaxis.label.set_size(9)
-    axes.yaxis.label.set_size(9)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
     handles, labels = axes.get_legend_handles_labels()
     if legend and len(handles) > 1:
         figure.legend(handles, labels, loc="outside lower left", ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)

@@ -18,7 +18,7 @@ def frontier(subject: Subject) -> Section:
     proxy = _chart(subject, "reward", "Held-out judge", "reward")
     gold = _chart(subject, "gold", "Gold judge", "gold reward")
     plots = tuple(plot for plot in (proxy, gold) if plot is not None)
-    text = (
+    text: tuple[str, ...] = (
         "Each point is an arm after a round, the last one numbered. An arm whose points lie above another's at the "
         "same KL gains more for the same distance.",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from online_dpo.compare import Difference, Measure
-from online_dpo.confounding import confounded
+from online_dpo.confounding import confounded_settings
 from online_dpo.measure import Interval
 from online_dpo.report.document import Cell, Section, Table, bounds, chance, count, percent, words
 from online_dpo.report.subject import Subject
@@ -41,7 +41,7 @@ def verdict(subject: Subject) -> Section:
 def warnings(subject: Subject) -> Section:
     """What the comparison warns of, what is missing from the runs, and what their settings confound."""
     unfinished = [sentence for run in subject.runs for sentence in run.unfinished()]
-    confounds = [sentence for run in subject.runs for sentence in confounded(run.experiment)]
+    confounds = [sentence for run in subject.runs for sentence in confounded_settings(run.experiment)]
     found = tuple(dict.fromkeys([*subject.comparison.warnings, *unfinished, *confounds]))
     text = () if found else ("There are none.",)
     over = subject.comparison.over_optimised
