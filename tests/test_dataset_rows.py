@@ -144,7 +144,11 @@ def test_answers_alone_have_no_rejected_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "limit", "longest"),
-    [("politeness.json", 200, 512), ("tldr-batch13.jsonl", 40, 4000), ("helpful-base.test.jsonl.gz", 60, 512)],
+    [
+        ("politeness.json", 200, 512),
+        pytest.param("tldr-batch13.jsonl", 40, 4000, marks=pytest.mark.slow),
+        pytest.param("helpful-base.test.jsonl.gz", 60, 512, marks=pytest.mark.slow),
+    ],
 )
 def test_real_pairs(name: str, limit: int, longest: int, stories: Path) -> None:
     """Every row is kept or counted; what is kept fits, ends with the model's end token and decodes to its texts."""

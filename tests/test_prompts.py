@@ -476,6 +476,7 @@ def _both(path: Path, tokenizer: Any) -> tuple[Sequence[Prompt], Sequence[Prompt
     return loaded.train, loaded.held_out
 
 
+@pytest.mark.slow
 def test_real_dialogues() -> None:
     """HH-RLHF helpful-base: 2354 rows, 9 whose prompts differ, 2 identical pairs; every row is a prompt or counted."""
     path = ROOT.parent / "shared" / "data" / "pairs" / "helpful-base.test.jsonl.gz"
