@@ -41,14 +41,24 @@ def confounded(
     `own_prompts`: arms that train on other prompts than the experiment's; None: those whose settings say so.
     """
     return [
+        *confounded_settings(experiment, digest, own_prompts),
+        *_judges(experiment, digest),
+        *_one_seed(experiment),
+    ]
+
+
+def confounded_settings(
+    experiment: Experiment, digest: Digest = by_settings, own_prompts: Collection[str] | None = None
+) -> list[str]:
+    """Those of `confounded` that the settings alone tell: judges and seeds are spoken of by `compare` beside its
+    results."""
+    return [
         *_several_things(experiment),
         *_budgets(experiment),
-        *_judges(experiment, digest),
         *gold_in_training(experiment, digest),
         *_other_prompts(experiment, _rowwise(experiment) if own_prompts is None else own_prompts),
         *_answer_limits(experiment),
         *_no_divergence(experiment),
-        *_one_seed(experiment),
     ]
 
 

@@ -224,7 +224,7 @@ def test_run_prints_its_tables_and_folder(desk: Desk) -> None:
     assert result.exit_code == 0, result.stderr
     for part in ("Held-out reward", "Pairs", "Training", "Speed", "Budget", "Prompt: ", "self_offline, round 2"):
         assert part in result.stdout
-    assert "warning: one seed: intervals are over prompts only" in result.stdout
+    assert "one seed: intervals are over prompts" in result.stdout
     assert result.stdout.splitlines()[-1] == f"run folder: {desk.root}"
     assert "on_policy · seed 0 · round 1 sample: 9 answers" in result.stderr
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100

@@ -11,7 +11,7 @@ from online_dpo.config import Experiment, JudgeSpec, load_experiment, validate_e
 from online_dpo.confounding import confounded, differing_things, gold_in_training
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {
+BASE: dict[str, Any] = {
     "name": "t",
     "model": "m",
     "seeds": [0, 1, 2],

@@ -14,10 +14,12 @@ from test_loop import HELD_OUT, TRAIN, World, experiment
 
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.export import Selection, export_stages, export_trl, parse_rounds
-from online_dpo.export.trl import continuing
+from online_dpo.export.trl import decoding, text_after
 from online_dpo.records import read_candidates, read_pairs, write_prompts
 from online_dpo.store import RunStore
 from online_dpo.types import Candidate, Pair, Prompt
+
+DIALOGUES = {"path": "p.jsonl", "per_round": 3, "held_out": 3, "template": "dialogue"}
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +36,9 @@ def finished_run(root: Path, *, chat: bool = False, **changes: Any) -> World:
     return World(root, experiment(**changes)).go()
 
 
-def plainly(prompt: Prompt, answer: Candidate) -> str:
-    return f" {answer.text}"
+def decode(ids: Sequence[int]) -> str:
+    """Stands for a tokenizer's decoder: a word a token."""
+    return "".join(f" {token}" for token in ids)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -61,7 +64,7 @@ def of_round(found: Sequence[Mapping[str, Any]], arm: str, index: int) -> list[M
 
 def test_plain_text_pairs_are_those_that_were_trained_on(tmp_path: Path) -> None:
     world = finished_run(tmp_path / "run")
-    count = export_trl(world.run.store, Selection(), tmp_path / "out", plainly)
+    count = export_trl(world.run.store, Selection(), tmp_path / "out", decode)
     found = rows(tmp_path / "out")
     assert len(found) == count > 0
     for arm in ("on_policy", "self_offline"):
@@ -71,7 +74,13 @@ def test_plain_text_pairs_are_those_that_were_trained_on(tmp_path: Path) -> None
                 (row["prompt"], row["chosen"], row["rejected"], row["chosen_score"], row["rejected_score"])
                 for row in of_round(found, arm, index)
             ] == [
-                (p.prompt.text, f" {p.chosen.text}", f" {p.rejected.text}", p.chosen_score, p.rejected_score)
+                (
+                    decode(p.prompt.token_ids),
+                    decode(p.chosen.token_ids),
+                    decode(p.rejected.token_ids),
+                    p.chosen_score,
+                    p.rejected_score,
+                )
                 for p in pairs
             ]
             assert [(row["chosen_ended"], row["rejected_ended"]) for row in of_round(found, arm, index)] == [
@@ -83,7 +92,7 @@ def test_plain_text_pairs_are_those_that_were_trained_on(tmp_path: Path) -> None
 def test_chats_stay_chats(tmp_path: Path) -> None:
     """Behind a chat template the answer is a turn, as it was decoded: the template says what stands before it."""
     world = finished_run(tmp_path / "run", chat=True)
-    export_trl(world.run.store, Selection("on_policy", 0, range(1, 2)), tmp_path / "out", plainly)
+    export_trl(world.run.store, Selection("on_policy", 0, range(1, 2)), tmp_path / "out", decode)
     [first, *_] = trained(world, "on_policy", 1)
     [row, *_] = rows(tmp_path / "out")
     assert row["prompt"] == [{"role": "user", "content": first.prompt.text}]
@@ -91,10 +100,25 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
     assert row["rejected"] == [{"role": "assistant", "content": first.rejected.text}]
 
 
+def test_dialogues_are_the_text_that_the_policy_saw(tmp_path: Path) -> None:
+    """The tokenizer has no template of its own by which TRL would write the turns."""
+    world = finished_run(tmp_path / "run", chat=True, prompts=DIALOGUES)
+    export_trl(world.run.store, Selection("on_policy", 0, range(1, 2)), tmp_path / "out", decode)
+    [first, *_] = trained(world, "on_policy", 1)
+    [row, *_] = rows(tmp_path / "out")
+    assert (row["prompt"], row["chosen"]) == (decode(first.prompt.token_ids), decode(first.chosen.token_ids))
+
+
+def test_a_template_of_the_users_own_is_refused(tmp_path: Path) -> None:
+    world = finished_run(tmp_path / "run", chat=True, prompts=DIALOGUES | {"template": "mine.jinja"})
+    with pytest.raises(ConfigError, match=r"prompts\.template mine\.jinja: TRL takes chats by the tokenizer's own"):
+        export_trl(world.run.store, Selection(), tmp_path / "out", decode)
+
+
 def test_lines_hold_the_same_rows(tmp_path: Path) -> None:
     world = finished_run(tmp_path / "run")
-    export_trl(world.run.store, Selection(), tmp_path / "a", plainly)
-    export_trl(world.run.store, Selection(), tmp_path / "b", plainly, "jsonl")
+    export_trl(world.run.store, Selection(), tmp_path / "a", decode)
+    export_trl(world.run.store, Selection(), tmp_path / "b", decode, "jsonl")
     lines = (tmp_path / "b" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == rows(tmp_path / "a")
 
@@ -109,7 +133,7 @@ def test_lines_hold_the_same_rows(tmp_path: Path) -> None:
 )
 def test_some_rounds_alone(selection: Selection, expected: set[tuple[str, int]], tmp_path: Path) -> None:
     world = finished_run(tmp_path / "run")
-    export_trl(world.run.store, selection, tmp_path / "out", plainly)
+    export_trl(world.run.store, selection, tmp_path / "out", decode)
     assert {(row["arm"], row["round"]) for row in rows(tmp_path / "out")} == expected
 
 
@@ -117,7 +141,7 @@ def test_the_card_tells_where_the_pairs_come_from_and_loads_them(tmp_path: Path)
     from datasets import load_dataset
 
     world = finished_run(tmp_path / "run")
-    count = export_trl(world.run.store, Selection("on_policy"), tmp_path / "out", plainly)
+    count = export_trl(world.run.store, Selection("on_policy"), tmp_path / "out", decode)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "- arm on_policy: seed 0, rounds 1 to 2, judge `judges.length:LengthJudge`" in card
     assert str(tmp_path) not in card
@@ -135,18 +159,18 @@ def test_a_changed_pair_file_is_refused(tmp_path: Path) -> None:
     file = world.folder("on_policy", 1).path / "pairs.parquet"
     file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(RunFolderError, match="was changed after stage 'pair'"):
-        export_trl(RunStore.open(world.root), Selection(), tmp_path / "out", plainly)
+        export_trl(RunStore.open(world.root), Selection(), tmp_path / "out", decode)
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     world = finished_run(tmp_path / "run")
     (tmp_path / "out").mkdir()
-    export_trl(world.run.store, Selection(), tmp_path / "out", plainly)
+    export_trl(world.run.store, Selection(), tmp_path / "out", decode)
     before = (tmp_path / "out" / "pairs.parquet").read_bytes()
     for again in (tmp_path / "out", tmp_path / "out" / "pairs.parquet"):
         with pytest.raises(RunFolderError, match="not an empty folder"):
-            export_trl(world.run.store, Selection("on_policy"), again, plainly)
+            export_trl(world.run.store, Selection("on_policy"), again, decode)
     assert (tmp_path / "out" / "pairs.parquet").read_bytes() == before
 
 
@@ -160,13 +184,13 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 def test_what_is_not_in_the_run_is_named(selection: Selection, message: str, tmp_path: Path) -> None:
     world = finished_run(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
-        export_trl(world.run.store, selection, tmp_path / "out", plainly)
+        export_trl(world.run.store, selection, tmp_path / "out", decode)
 
 
 def test_rounds_without_pairs_are_said(tmp_path: Path) -> None:
     world = finished_run(tmp_path / "run")
     with pytest.raises(RunFolderError, match="no pairs in the closed rounds"):
-        export_trl(world.run.store, Selection(rounds=range(0, 1)), tmp_path / "out", plainly)
+        export_trl(world.run.store, Selection(rounds=range(0, 1)), tmp_path / "out", decode)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("2", range(2, 3)), ("1-3", range(1, 4)), (" 0-0 ", range(0, 1))])
@@ -228,4 +252,5 @@ def test_answers_go_on_with_the_space_that_a_decoder_drops(stories: Path) -> Non
     answer_ids = tuple(tokenizer("The dog was happy.")["input_ids"])[len(prompt_ids) :]
     answer = Candidate("p", 0, tokenizer.decode(answer_ids), (*answer_ids, tokenizer.eos_token_id), (), "stop", 0)
     prompt = Prompt("p", (), prompt_ids)
-    assert continuing(tokenizer)(prompt, answer) == " was happy."
+    assert text_after(prompt, answer, decoding(tokenizer)) == " was happy."
+    assert decoding(tokenizer)(prompt_ids) == "The dog"

@@ -44,7 +44,7 @@ def export(
 
 
 def _pairs(store: RunStore, selection: Selection, out: Path, jsonl: bool) -> int:
-    from online_dpo.export.trl import continuing, export_trl
+    from online_dpo.export.trl import decoding, export_trl
     from online_dpo.models import load_tokenizer, resolve_model
 
     experiment = store.experiment
@@ -55,4 +55,4 @@ def _pairs(store: RunStore, selection: Selection, out: Path, jsonl: bool) -> int
         trust_remote_code=experiment.trust_remote_code,
     )
     tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
-    return export_trl(store, selection, out, continuing(tokenizer), "jsonl" if jsonl else "parquet")
+    return export_trl(store, selection, out, decoding(tokenizer), "jsonl" if jsonl else "parquet")

@@ -76,14 +76,14 @@ def _print_verdict(store: RunStore, console: Console) -> None:
     if len(store.experiment.arms) < 2:
         return
     from online_dpo.compare import closing_lines
-    from online_dpo.confounding import confounded
+    from online_dpo.confounding import confounded_settings
     from online_dpo.display import clean
     from online_dpo.plan_display import warning_lines
 
     lines = closing_lines(store)
     for line in lines:
         console.print(clean(line), markup=False)
-    if lines and (warnings := confounded(store.experiment)):
+    if lines and (warnings := confounded_settings(store.experiment)):
         console.print(warning_lines(warnings))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stories import run
@@ -20,7 +21,7 @@ def test_trl_trains_on_the_exported_file_as_it_is(tmp_path: Path, stories: Path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    arms = {"on_policy": {}}
+    arms: dict[str, Any] = {"on_policy": {}}
     outcome = run(tmp_path, stories, "tiny", arms=arms, rounds=1)
     assert outcome.status == 0, outcome.stderr
     result = CliRunner().invoke(app, ["export", str(outcome.root), "--out", str(tmp_path / "out")])
