@@ -8,6 +8,7 @@ import yaml
 
 import online_dpo
 from online_dpo.arms import Arm
+from online_dpo.config import Experiment
 from online_dpo.display import clean, interval
 from online_dpo.policies import read_policy
 from online_dpo.rounds import Pinned
@@ -17,7 +18,7 @@ from online_dpo.types import Policy
 
 def write_model_card(arm: Arm, index: int, pinned: Pinned, pairs: int, folder: Path) -> None:
     """Write `folder`/README.md for the policy in it, which round `index` trained on `pairs` pairs (0: on groups)."""
-    base = base_name(arm.run.store)
+    base = base_name(arm.run.store, arm.run.experiment)
     adapter = arm.run.experiment.lora is not None
     rows = {
         "experiment": arm.run.experiment.name,
@@ -43,9 +44,12 @@ def write_model_card(arm: Arm, index: int, pinned: Pinned, pairs: int, folder: P
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def base_name(store: RunStore) -> str:
-    """The initial model as others may know it: a hub id or a packaged model's name; of a folder only its last name."""
-    name = store.experiment.model
+def base_name(store: RunStore, experiment: Experiment | None = None) -> str:
+    """The initial model as others may know it: a hub id or a packaged model's name; of a folder only its last name.
+
+    `experiment`: the run's, where it is known; reading it takes as long as a small round's stages.
+    """
+    name = (experiment or store.experiment).model
     return Path(name).name if store.manifest.get("model", {}).get("origin") == "folder" else name
 
 
