@@ -212,7 +212,13 @@ def test_pairs_of_one_prompt_do_not_narrow_the_interval(tmp_path: Path) -> None:
     assert found["ranking_accuracy"] == expected["ranking_accuracy"]
 
 
-@pytest.mark.parametrize(("index", "moment"), [(0, "within"), (0, "after"), (1, "before"), (1, "within")])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("index", "moment"),
+    [(1, "within"), *(pytest.param(*case, marks=SLOW) for case in ((0, "within"), (0, "after"), (1, "before")))],
+)
 def test_resuming_around_the_ranking_gives_what_an_uninterrupted_run_gives(
     tmp_path: Path, index: int, moment: str
 ) -> None:

@@ -19,6 +19,7 @@ from online_dpo.records import read_candidates, read_held_out, read_pairs
 from online_dpo.scored_records import ScoredAnswer, read_off_policy, write_off_policy
 from online_dpo.types import Candidate, Policy, Prompt
 
+SLOW = pytest.mark.slow
 FIGURES = {"kl_token", "kl_token_k3", "ess", "ess_token", "coverage"}
 
 
@@ -176,11 +177,11 @@ def test_an_answer_in_several_pairs_is_scored_once(tmp_path: Path) -> None:
 
 
 def test_so_many_pairs_as_the_experiment_says_drawn_by_the_seed(tmp_path: Path) -> None:
-    spec = measured(2, arms={"a": {"source": "initial"}}, rounds=3, seeds=[0, 1])
+    spec = measured(2, arms={"a": {"source": "initial"}}, rounds=2, seeds=[0, 1, 2])
     world = World(tmp_path / "run", spec).go()
     drawn = []
-    for seed in (0, 1):
-        for index in (1, 2, 3):
+    for seed in (0, 1, 2):
+        for index in (1, 2):
             folder = world.run.store.round("a", seed, index)
             found = read_off_policy(folder.path / "off_policy.parquet")
             order = json.loads((folder.path / "round.json").read_text(encoding="utf-8"))["prompts"]
@@ -189,8 +190,6 @@ def test_so_many_pairs_as_the_experiment_says_drawn_by_the_seed(tmp_path: Path) 
             assert places == sorted(places)
             drawn.append(tuple(sorted(set(places))))
     assert len(set(drawn)) > 1
-    again = World(tmp_path / "again" / "run", spec).go()
-    assert rows(again, "a", 3) == rows(world, "a", 3)
 
 
 def test_none_where_none_is_wanted(tmp_path: Path) -> None:
@@ -255,7 +254,7 @@ def test_no_coverage_where_held_out_answers_are_not_the_policys_own(tmp_path: Pa
 # --- any death ---
 
 
-@pytest.mark.parametrize("moment", ["before", "within", "after"])
+@pytest.mark.parametrize("moment", ["within", pytest.param("before", marks=SLOW), pytest.param("after", marks=SLOW)])
 def test_resuming_around_the_measuring_gives_what_an_uninterrupted_run_gives(tmp_path: Path, moment: str) -> None:
     spec = measured(2, keep="last")
     whole = results(World(tmp_path / "whole" / "run", spec).go().root)
