@@ -82,12 +82,30 @@ def test_only_an_average_has_a_weight() -> None:
             {"source": {"every": 2}, "reference": {"every": 3}},
             [{0}, {0, 1}, {0, 2}, {2, 3}, {3, 4}, {3, 4, 5}, set()],
         ),
+        # Parts of a mixture: the current policy, and one that is refreshed every second round.
+        (
+            {"source": {"mixture": [{"share": 0.5, "source": "current"}, {"share": 0.5, "source": {"every": 2}}]}},
+            [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, set()],
+        ),
+        # These sample from the current policy, or not at all.
+        *(
+            ({"source": source}, [{0}, {1}, {2}, {3}, {4}, {5}, set()])
+            for source in ({"history": 3}, {"stream": "other"}, {"refresh_when": {"kl_above": 1}}, {"every_steps": 2})
+        ),
         # Round 1 refers to the initial policy; later ones to averages, made of the policy that they begin with.
         ({"reference": {"ema": 0.5}}, [{0}, {1}, {2}, {3}, {4}, {5}, set()]),
     ],
 )
 def test_still_needed(changes: dict[str, Any], needed_after_0_to_6: list[set[int]]) -> None:
     assert [still_needed(settings(**changes), after).policies for after in range(7)] == needed_after_0_to_6
+
+
+def test_what_sampled_answers_that_may_be_trained_on_again_is_needed() -> None:
+    """After round 4, which trained on round 2's answers: policy 1 sampled them. After the last round nothing is."""
+    arm = settings(source={"refresh_when": {"kl_above": 1}})
+    assert still_needed(arm, 4, sampled=2).policies == {1, 4}
+    assert still_needed(arm, 4, sampled=4).policies == {3, 4}
+    assert still_needed(arm, 6, sampled=2).policies == set()
 
 
 @pytest.mark.parametrize(
