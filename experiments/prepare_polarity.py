@@ -59,7 +59,7 @@ def continued(good: list[str], bad: list[str]) -> Iterable[Mapping[str, str]]:
     """The first words of each sentence, and the rest."""
     for sentence in mixed(good, bad):
         words = sentence.split()
-        yield {"prompt": " ".join(words[:WORDS]), "response": " " + " ".join(words[WORDS:])}
+        yield {"prompt": " ".join(words[:WORDS]), "response": " ".join(words[WORDS:])}
 
 
 def openings(good: list[str], bad: list[str]) -> Iterable[Mapping[str, str]]:

@@ -51,7 +51,7 @@ def lay_out(model: nn.Module) -> None:
     """
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
         weight = getattr(module, "weight", None)
-        if _plain(weight) and weight.grad is None:
+        if isinstance(weight, nn.Parameter) and _plain(weight) and weight.grad is None:
             weight.grad = torch.zeros_like(weight)
 
 
