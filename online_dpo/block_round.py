@@ -36,9 +36,8 @@ def make_in_blocks(arm: Arm, folder: RoundFolder, pinned: Pinned) -> tuple[Round
     done: list[DoneBlock] = []
     for place, own in enumerate(folders):
         done.append(_read(own) if place < known else _make(arm, own, pinned, blocks[place:], done))
-        trained = _trained(done)
         if done[-1].train is not None:
-            give_up(trained[:-1])
+            give_up(_trained(done)[-2:-1])
     data = _put_together(arm, folder, pinned, done)
     return data, train_whole(arm, folder, pinned, data, _trained(done))
 

@@ -127,8 +127,8 @@ class FakeLearner:
         self.calls = calls
         self.stop = stop
         """Policies (by id) whose training meets a non-finite loss."""
-        self.parts: list[tuple[int, int, int]] = []
-        """Of every job: steps made before in its round, its own, and the schedule's."""
+        self.parts: list[tuple[int, int, int, str]] = []
+        """Of every job: steps made before in its round, its own, the schedule's, and what the optimiser had done."""
 
     def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
         policy, reference, source, pairs, dpo = job.policy, job.reference, job.source, job.pairs, job.dpo
@@ -139,7 +139,7 @@ class FakeLearner:
         steps = -(-len(pairs or job.groups or job.answers) // dpo.batch_size)
         part = job.part or RoundPart(0, steps, steps)
         before = "" if part.begin is None else (part.begin / "state").read_text(encoding="utf-8")
-        self.parts.append((part.first, part.steps, part.total))
+        self.parts.append((part.first, part.steps, part.total, before))
         for number in range(part.first + 1, part.first + part.steps + 1):
             if self.stop(policy_id) and number == part.first + part.steps:
                 raise TrainingError("loss nan")
@@ -153,7 +153,7 @@ class FakeLearner:
         given = [policy.digest, reference.digest, drawn, work, dpo, seed, *([before] if before else [])]
         if part.end is not None:
             part.end.mkdir()
-            (part.end / "state").write_text(f"{before}{part.steps} steps, ", encoding="utf-8")
+            (part.end / "state").write_text(f"{before}{policy_id[-9:]}: {part.steps} ", encoding="utf-8")
         yield fake_policy(out, policy_id, *given)
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:

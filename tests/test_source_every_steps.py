@@ -153,7 +153,8 @@ def test_the_optimiser_and_the_count_of_steps_go_on(tmp_path: Path) -> None:
     world = World(tmp_path / "run", spec).go()
     learner = world.run.learner
     assert isinstance(learner, FakeLearner)
-    assert learner.parts == [(0, 1, 4), (1, 1, 4), (2, 1, 4), (3, 1, 4)]
+    done = ["", "block_001: 1 ", "block_001: 1 block_002: 1 ", "block_001: 1 block_002: 1 block_003: 1 "]
+    assert learner.parts == [(number, 1, 4, before) for number, before in enumerate(done)]
 
 
 class Tied(FakeEngine):
@@ -172,7 +173,7 @@ def test_a_block_without_pairs_trains_nothing_and_shortens_the_schedule(tmp_path
     world = World(tmp_path / "run", online(), engine=Tied).go()
     learner = world.run.learner
     assert isinstance(learner, FakeLearner)
-    assert learner.parts == [(0, 1, 3), (1, 1, 2)]
+    assert learner.parts == [(0, 1, 3, ""), (1, 1, 2, "block_001: 1 ")]
     ids = [call[0] for call in world.asked("train")]
     assert ids == ["a/seed_0/round_01/block_001", "a/seed_0/round_01/block_003"]
     row = world.metrics()["a", 1]
