@@ -139,6 +139,11 @@ def shuffled_run(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("shuffled") / "run", spec).go()
 
 
+def test_seeds_deal_differently(shuffled_run: World) -> None:
+    streamed = StreamedArm(shuffled_run.run.store, "on_policy", 0, 3, elsewhere=False)
+    assert len({tuple(dealt(streamed, 1, "pairs", seed)) for seed in range(5)}) == 5
+
+
 def test_pairs_of_one_policy_have_it_as_their_source_in_any_order(tmp_path: Path) -> None:
     replay = {"source": {"stream": "offline", "order": "shuffled"}}
     world = World(tmp_path / "run", experiment(arms={"offline": {"source": "initial"}, "replay": replay})).go()
