@@ -23,13 +23,13 @@ from online_dpo.backends.hf_model import load_causal_lm
 from online_dpo.backends.learner import LocalLearner, batch_order
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.backends.reference_logps import items_of
-from online_dpo.config import DPOSpec, LearnerSpec, LoraSpec, validate_experiment
+from online_dpo.config import DPOSpec, LearnerSpec, LoraSpec, RlooSpec, validate_experiment
 from online_dpo.errors import ConfigError, EngineError, LearnerError, TrainingError
 from online_dpo.models import digest_folder
 from online_dpo.passes import deal, fill, tokens_of
 from online_dpo.policies import read_policy
 from online_dpo.protocols import TrainJob, TrainStart, TrainStep
-from online_dpo.types import Pair, Policy
+from online_dpo.types import Group, Pair, Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = LoraSpec(rank=3, alpha=8.0)
@@ -118,13 +118,15 @@ def both(workers: list[Any], one: LocalLearner, job: TrainJob) -> tuple[list[Any
     return expected, found, before
 
 
-def same_round(expected: list[Any], found: list[Any], one: LocalLearner, before: Sequence[Tensor]) -> None:
-    """Every figure to rounding, and the ends apart by less than 0.2 % of the way gone."""
+def same_round(
+    expected: list[Any], found: list[Any], one: LocalLearner, before: Sequence[Tensor], rel: float = 1e-5
+) -> None:
+    """Every figure to rounding (`rel` of losses and norms), and the ends apart by less than 0.2 % of the way gone."""
     assert [type(item) for item in found] == [type(item) for item in expected]
     assert found[0].reference_from == expected[0].reference_from
     for step, other in zip(found[1:-1], expected[1:-1], strict=True):
-        assert step.loss == pytest.approx(other.loss, rel=1e-5)
-        assert step.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
+        assert step.loss == pytest.approx(other.loss, rel=rel)
+        assert step.grad_norm == pytest.approx(other.grad_norm, rel=rel)
         assert step.margin == pytest.approx(other.margin, abs=1e-4)
         assert (step.r_w, step.r_l) == pytest.approx((other.r_w, other.r_l), abs=1e-3)
         assert (step.step, step.steps, step.lr) == (other.step, other.steps, other.lr)
@@ -181,6 +183,32 @@ def test_two_workers_have_unequal_passes(pairs: list[Pair]) -> None:
         hands = deal([tokens_of(units[i]) for i in batch], 2)
         numbers.add(tuple(len(fill([units[batch[i]] for i in hand], BUDGET)) for hand in hands))
     assert any(first != second for first, second in numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_round_of_groups_and_of_answers(
+    workers: list[Any], initial: Policy, pairs: list[Pair], moved: Moved, tmp_path: Path, kind: str
+) -> None:
+    """Five prompts with their judged answers against another reference, then the loss of chosen answers alone."""
+    at_each(workers, rebuilt, initial, KINDS[kind], None)
+    groups = tuple(
+        Group(pair.prompt, (pair.chosen, pair.rejected), (0.5 * number, 1.0)) for number, pair in enumerate(pairs[:5])
+    )
+    reference = moved(lora=KINDS[kind].get("lora"))
+    jobs = {
+        "groups": job_of(initial, (), tmp_path / "g", groups=groups, rloo=RlooSpec(), reference=reference),
+        "chosen": job_of(initial, pairs[:5], tmp_path / "c", dpo=DPO.model_copy(update={"loss": "sft"})),
+    }
+    for name, job in jobs.items():
+        one = alone(initial, **KINDS[kind])
+        expected, found, before = both(workers, one, job)
+        assert found[0].reference_from == ("learner" if name == "groups" else "none")
+        # A loss of RLOO is a difference of sums of log-probs, each hundreds of times as large.
+        same_round(expected, found, one, before, rel=1e-3 if name == "groups" else 1e-5)
+        for step, other in zip(found[1:-1], expected[1:-1], strict=True):
+            assert (step.reward, step.margin is None) == (other.reward, True)
+            assert step.kl == pytest.approx(other.kl, abs=0.01)
 
 
 @pytest.mark.slow
