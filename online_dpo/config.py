@@ -440,7 +440,7 @@ class Experiment(ArmSettings):
             if key in Experiment.model_fields and key not in ArmSettings.model_fields:
                 may = ", ".join(ArmSettings.model_fields)
                 raise ConfigError(f"arms.{name}.{key}: '{key}' is one for all arms; an arm may change {may}")
-        base = {key: self.model_dump()[key] for key in ArmSettings.model_fields}
+        base = self.model_dump(include=set(ArmSettings.model_fields))
         for key in ("reference", "source"):
             if key in change:
                 # One rule replaces another: they do not merge.
