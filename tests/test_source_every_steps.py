@@ -439,6 +439,27 @@ def test_resuming_after_a_death_while_something_is_given_up(
     assert resumed(world) == uninterrupted[False]
 
 
+class TiedAtTheEnd(FakeEngine):
+    """All answers to the third prompt of round 1 are the same: the last block has no pair."""
+
+    def candidate(self, prompt: Prompt, index: int, seed: int) -> Candidate:
+        found = super().candidate(prompt, index, seed)
+        if prompt.id != first_prompts()[2].id:
+            return found
+        return Candidate(prompt.id, index, "a", (0,), (-1.0,), "stop", seed)
+
+
+@pytest.mark.parametrize(("inside", "stage"), [("block_003", "judge"), (".", "train"), (".", "evaluate")])
+def test_resuming_where_the_last_block_has_no_pair(tmp_path: Path, inside: str, stage: str) -> None:
+    """It was sampled from the policy that the round keeps, which the block before it gives up in the end."""
+    whole = World(tmp_path / "whole" / "run", online(), engine=TiedAtTheEnd).go()
+    assert [call[0][-9:] for call in whole.asked("train")] == ["block_001", "block_002"]
+    world = World(tmp_path / "dead" / "run", online(), engine=TiedAtTheEnd)
+    with pytest.raises(Killed):
+        with_death(world, "a", 1, stage, "before", inside)
+    assert resumed(world) == results(whole.root)
+
+
 def test_resuming_again_and_again_over_two_rounds(tmp_path: Path) -> None:
     """Work that was done is not done again: every block is sampled once, whatever the deaths."""
     whole = World(tmp_path / "whole" / "run", online(rounds=2, keep="last")).go()
