@@ -8,8 +8,8 @@ Writes into experiments/polarity/:
 - `prompts.jsonl`: the first words of other sentences: what it is asked to go on with;
 - `gold.jsonl`, `proxy.jsonl`: {prompt, chosen, rejected}, a positive and a negative sentence, of two disjoint halves.
 
-Fit the two judges with `online-dpo judge fit experiments/polarity/gold.jsonl -o experiments/judges/polarity_gold` and the
-same for `proxy`. No sentence is in two of the files.
+Fit the two judges with `online-dpo judge fit experiments/polarity/gold.jsonl -o experiments/judges/polarity_gold` and
+the same for `proxy`. No sentence is in two of the files.
 """
 
 from __future__ import annotations

@@ -103,9 +103,7 @@ def test_an_arm_of_chosen_answers_among_arms_of_pairs() -> None:
 def test_summed_or_averaged() -> None:
     """Averaged by definition, by the user's word, and not otherwise."""
     for name in set(LOSS_NAMES) - {"ipo"}:
-        assert experiment(loss=name, **NEEDED.get(name, {})).dpo.averaged == (
-            name in ("sigmoid_norm", "simpo", "sft")
-        )
+        assert experiment(loss=name, **NEEDED.get(name, {})).dpo.averaged == (name in ("sigmoid_norm", "simpo", "sft"))
     assert experiment(loss="sigmoid", length_normalize=True).dpo.averaged
     assert experiment(loss="ipo", length_normalize=True).dpo.averaged
     assert not experiment(loss="ipo", length_normalize=False).dpo.averaged

@@ -799,7 +799,7 @@ def test_discarding_is_finished_after_a_death_in_the_middle_of_it(tmp_path: Path
 
 
 def with_death(world: World, arm: str, index: int, stage: str, moment: str, inside: str = ".") -> None:
-    """Run `world`; raise `Killed` before, within or after a stage (or the closing) of one round, or of a folder in it."""
+    """Run `world`; raise `Killed` before, within or after a stage (or the closing) of a round, or of a folder in it."""
     real_stage, real_close = RoundFolder.stage, RoundFolder.close
     fatal = world.folder(arm, index).path / inside
 

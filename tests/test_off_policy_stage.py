@@ -157,7 +157,7 @@ def test_implicit_accuracy_is_of_the_rounds_end_against_its_reference(tmp_path: 
             for row in rows(world, "a", index)
         ]
         differences = [chosen - rejected for chosen, rejected in zip(levels[::2], levels[1::2], strict=True)]
-        return sum(one > 0 for one in differences) / len(differences)
+        return float(sum(one > 0 for one in differences) / len(differences))
 
     by_reference, by_start, alone = ([accuracy(i, other) for i in (2, 3, 4)] for other in ("reference", "start", None))
     found = [world.metrics()["a", index]["off_policy"]["implicit_accuracy"]["mean"] for index in (2, 3, 4)]

@@ -1,6 +1,6 @@
 """Writes stories.jsonl: openings of children's stories, every one different, in an order that no list shows.
 
-    python experiments/prompts/make_stories.py
+python experiments/prompts/make_stories.py
 """
 
 from __future__ import annotations

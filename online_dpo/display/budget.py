@@ -45,7 +45,10 @@ def budget_table(metrics: Rows) -> Group:
         ("tokens trained", lambda row: number(row["trained"], places=0)),
         ("seconds", lambda row: number(row["seconds"], places=0)),
     ]
-    notes = ["answers, tokens: sampled; trained: answers that steps took, each as often as it was taken", _objectives(metrics)]
+    notes = [
+        "answers, tokens: sampled; trained: answers that steps took, each as often as it was taken",
+        _objectives(metrics),
+    ]
     caption = "\n".join(note for note in notes if note)
     return spaced(figure_table("Budget (all rounds)", sums, columns, caption, round_column=False))
 

@@ -1,4 +1,4 @@
-"""A real run is killed, resumed, interrupted and resumed again; it ends with the bytes of a run that nobody stopped."""
+"""A real run is killed, or interrupted, and resumed; it ends with the bytes of a run that nobody stopped."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ def outcome(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outc
     return uninterrupted(tmp_path_factory.getbasetemp() / "stories", small_model)
 
 
-def test_killed_and_interrupted_it_ends_with_the_same_bytes(
-    outcome: Outcome, small_model: Path, tmp_path: Path
-) -> None:
-    """kill -9 of the driver while round 2 trains, then Ctrl-C while the other arm samples; each time `resume`."""
+def test_killed_it_ends_with_the_same_bytes(outcome: Outcome, small_model: Path, tmp_path: Path) -> None:
+    """kill -9 of the driver while round 2 trains, then `resume`."""
     assert outcome.status == 0, outcome.stderr
     root = write_experiment(tmp_path, small_model, "tiny")
-    on_policy, offline = (root / "arms" / arm / "seed_0" / "round_02" for arm in ("on_policy", "self_offline"))
+    on_policy = root / "arms" / "on_policy" / "seed_0" / "round_02"
 
     killed = Started(tmp_path, "run", "experiment.yaml")
     killed.wait_for((on_policy / ".train.tmp").exists)
@@ -35,6 +33,24 @@ def test_killed_and_interrupted_it_ends_with_the_same_bytes(
     # Engine, learner and Ray's servers die with the driver.
     assert killed.outlived(20, AGENTS) == []
 
+    resumed = Started(tmp_path, "resume", str(root))
+    assert resumed.end() == 0, resumed.err.read_text(encoding="utf-8")
+    assert "round 1 " not in resumed.err.read_text(encoding="utf-8").split("self_offline")[0], "done again"
+    assert "round 2 sample" not in resumed.err.read_text(encoding="utf-8").split("self_offline")[0]
+    assert (on_policy / "candidates.parquet").stat().st_mtime_ns == sampled, "a finished stage was done again"
+    same_bytes(outcome, resumed, root)
+    assert resumed.outlived(15) == []
+
+
+@pytest.mark.slow
+def test_interrupted_it_ends_with_the_same_bytes(outcome: Outcome, small_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C while the second arm samples, then `resume`; and nothing of a killed run is left after two minutes."""
+    root = write_experiment(tmp_path, small_model, "tiny")
+    offline = root / "arms" / "self_offline" / "seed_0" / "round_02"
+    killed = Started(tmp_path, "run", "experiment.yaml")
+    killed.wait_for((offline.parent / "round_01" / ".train.tmp").exists)
+    killed.kill()
+
     interrupted = Started(tmp_path, "resume", str(root))
     interrupted.wait_for((offline / ".sample.tmp").exists)
     began = time.monotonic()
@@ -43,21 +59,21 @@ def test_killed_and_interrupted_it_ends_with_the_same_bytes(
     assert time.monotonic() - began < 30
     assert interrupted.out.read_text(encoding="utf-8") == f"stopped; go on with: online-dpo resume {root}\n"
     assert "Traceback" not in interrupted.err.read_text(encoding="utf-8")
-    assert "round 1 " not in interrupted.err.read_text(encoding="utf-8"), "a closed round was done again"
-    assert "round 2 sample" not in interrupted.err.read_text(encoding="utf-8").split("self_offline")[0]
     assert interrupted.outlived(10) == []
-    assert (on_policy / "candidates.parquet").stat().st_mtime_ns == sampled, "a finished stage was done again"
 
     resumed = Started(tmp_path, "resume", str(root))
     assert resumed.end() == 0, resumed.err.read_text(encoding="utf-8")
+    same_bytes(outcome, resumed, root)
+    assert killed.outlived(120) == []
+
+
+def same_bytes(outcome: Outcome, resumed: Started, root: Path) -> None:
+    """The resumed run ended as the one that nobody stopped: files, and what was printed."""
     found, expected = results(root), results(outcome.root)
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
     assert {Path(name).suffix for name in expected} == {".parquet", ".safetensors", ".json"}
     assert answers(resumed.out.read_text(encoding="utf-8")) == answers(outcome.stdout)
-    assert resumed.outlived(15) == []
-
-    assert killed.outlived(120) == []
 
 
 def answers(text: str) -> list[str]:
