@@ -44,6 +44,8 @@ def rounds(run: Path, arm: str, seed: str) -> list[dict[str, Any]]:
 def main(run: Path, arm: str, seed: str = "0") -> None:
     """Print the table."""
     each = [parts(folder) for folder in blocks(run, arm, seed)]
+    if not each:
+        raise SystemExit(f"{run}: arm '{arm}' has no two blocks that were trained")
     print(f"{arm}: means of {len(each)} blocks, seconds")
     for name in each[0]:
         print(f"  {name:<48}{statistics.mean(one[name] for one in each):8.3f}")
