@@ -91,7 +91,7 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         from online_dpo.plan_display import plan_tables, warning_lines
         from online_dpo.runs import resolve
         from online_dpo.sft_stage import describe_sft
-        from online_dpo.sources.datasets import describe_datasets
+        from online_dpo.sources.datasets import describe_datasets, with_own_prompts
 
         resolved = resolve(spec, experiment.parent)
         console = make_console()
@@ -106,7 +106,8 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         ]
         console.print("\n".join(lines), markup=False, soft_wrap=True)
         console.print(plan_tables(plan_arms(resolved), differences(spec), len(spec.seeds)))
-        if warnings := confounded(spec, lambda judge: judge_digest(judge, [resolved.folder])):
+        own_prompts = with_own_prompts(spec, resolved.datasets, resolved.prompts.train)
+        if warnings := confounded(spec, lambda judge: judge_digest(judge, [resolved.folder]), own_prompts):
             console.print(warning_lines(warnings))
 
 

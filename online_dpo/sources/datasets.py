@@ -80,6 +80,16 @@ def match_of(rows: DatasetRows, source: SourceSpec, train: Sequence[Prompt]) -> 
     return "prompts" if all(prompt.id in rows.of_prompt for prompt in train) else "rows"
 
 
+def with_own_prompts(experiment: Experiment, datasets: Mapping[str, DatasetRows], train: Sequence[Prompt]) -> set[str]:
+    """The arms whose rounds take a dataset's rows whatever their prompts."""
+    return {
+        name
+        for name in experiment.arms
+        for source in dataset_sources(experiment.arm(name))
+        if match_of(datasets[dataset_key(source)], source, train) == "rows"
+    }
+
+
 def dataset_prompts(arm: Arm, index: int) -> tuple[Prompt, ...]:
     """The prompts of round `index` (1-based): the run's own, or those of the dataset's rows.
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from online_dpo.config import EngineSpec
+from online_dpo.config import EngineSpec, SamplingSpec
 from online_dpo.errors import EngineError, ModelError
 from online_dpo.models import resolve_model
-from online_dpo.types import Policy
+from online_dpo.protocols import SampleRequest
+from online_dpo.types import Message, Policy, Prompt
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,3 +82,16 @@ def test_more_next_tokens_than_vllm_takes_at_once(engine: Any, policy: Policy) -
     many = engine.score([(context, (token,)) for token in range(200)])
     alone = engine.score([(context, (token,)) for token in (3, 77, 150)])
     assert [many[token] for token in (3, 77, 150)] == [pytest.approx(row, abs=1e-4) for row in alone]
+
+
+def test_more_prompts_than_one_step_takes(engine: Any, policy: Policy) -> None:
+    """Answers with seeds of their own to 12,000 tokens of prompts: no prompt is computed in two parts (on a CPU vLLM
+    cannot turn back the generator of such a request), and an answer does not depend on the others."""
+    engine.load(policy)
+    prompts = [Prompt(f"p{n}", (Message("user", "x"),), tuple(range(100 + n, 300 + n))) for n in range(60)]
+    requests = [SampleRequest(prompt, (n, 1000 + n)) for n, prompt in enumerate(prompts)]
+    sampling = SamplingSpec(n=2, max_tokens=4)
+    together = {group[0].prompt_id: group for group in engine.sample(requests, sampling)}
+    assert len(together) == 60
+    [alone] = engine.sample(requests[7:8], sampling)
+    assert [answer.token_ids for answer in alone] == [answer.token_ids for answer in together["p7"]]
