@@ -68,9 +68,9 @@ class VllmEngine:
         if on_gpu:
             options |= {"gpu_memory_utilization": spec.gpu_memory_utilization, "enable_sleep_mode": self.share_gpu}
         else:
-            # The default block on CPU (128 tokens) is longer than most prompts: nothing would be shared. A prompt that is
-            # computed in two parts ends vLLM 0.32 on CPU where requests have seeds of their own ("CPU Generator does
-            # not use offset"): it turns such a request's generator back, which only a GPU's can.
+            # The default block on CPU (128 tokens) is longer than most prompts: nothing would be shared. And a prompt
+            # computed in two parts would end vLLM 0.32 where requests have seeds of their own ("CPU Generator does not
+            # use offset"): it turns such a request's generator back, which only a GPU's can.
             options |= {"block_size": 32, "enable_chunked_prefill": False}
         if self.as_adapter and lora is not None:
             options |= {"enable_lora": True, "max_lora_rank": max(8, lora.rank), "max_loras": 1}
