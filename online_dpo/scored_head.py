@@ -43,7 +43,6 @@ class _Scored(torch.autograd.Function):
         targets: Tensor,
         cap: float | None,
         going_back: bool,
-        memory: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         keeping = rows * (KEPT_BYTES // CHUNK_BYTES) if cap is None and going_back else 0
@@ -63,7 +62,7 @@ class _Scored(torch.autograd.Function):
             # Or this chunk would still be there beside the next.
             del z, p
         ctx.save_for_backward(h, weight, bias, targets, *kept)
-        ctx.cap, ctx.rows, ctx.memory = cap, rows, memory
+        ctx.cap, ctx.rows, ctx.weight = cap, rows, weight
         ctx.mark_non_differentiable(collisions)
         return logps, collisions
 
@@ -73,7 +72,9 @@ class _Scored(torch.autograd.Function):
         want_h, want_weight, want_bias = ctx.needs_input_grad[:3]
         narrow = weight.to(h.dtype)
         of_h = torch.empty_like(h) if want_h else None
-        of_weight: Tensor | None = ctx.memory
+        # Asked now, not on the way there: gradients may have been cleared in between.
+        memory = memory_of(ctx.weight) if h.dtype == weight.dtype else None
+        of_weight = memory
         of_bias = torch.zeros_like(bias) if want_bias else None
         for number, start in enumerate(range(0, h.shape[0], ctx.rows)):
             part = slice(start, start + ctx.rows)
@@ -93,7 +94,7 @@ class _Scored(torch.autograd.Function):
                 else:
                     of_weight += of_u.t() @ h[part]
             del p, of_u
-        return of_h, None if ctx.memory is not None else of_weight, of_bias, None, None, None, None
+        return of_h, None if memory is not None else of_weight, of_bias, None, None, None
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
@@ -138,5 +139,4 @@ def scored(h: Tensor, head: nn.Linear, targets: Tensor, cap: float | None = None
         h = h.to(torch.get_autocast_dtype(h.device.type))
     # Inside the function gradients are always off, and its inputs ask for them even where nobody will.
     going_back = torch.is_grad_enabled()
-    memory = memory_of(head.weight) if h.dtype == head.weight.dtype else None
-    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap, going_back, memory))  # type: ignore[no-untyped-call]
+    return Scores(*_Scored.apply(h, head.weight, head.bias, targets, cap, going_back))  # type: ignore[no-untyped-call]

@@ -16,23 +16,27 @@ from torch import Tensor, nn
 
 
 class _Embedded(torch.autograd.Function):
-    """Rows of the matrix; on the way back their gradients are added to `memory`, but for those of the padding id."""
+    """Rows of the matrix; the way back adds their gradients, but for those of the padding id, where there is room."""
 
     @staticmethod
-    def forward(ctx: Any, token_ids: Tensor, weight: Tensor, memory: Tensor, padding: int | None) -> Tensor:
+    def forward(ctx: Any, token_ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
         ctx.save_for_backward(token_ids)
-        ctx.memory, ctx.padding = memory, padding
+        ctx.weight, ctx.padding = weight, padding
         return F.embedding(token_ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, None]:
         (token_ids,) = ctx.saved_tensors
         g = gradients[0].flatten(0, -2)
         ids = token_ids.flatten()
         if ctx.padding is not None:
             g = g.masked_fill((ids == ctx.padding).unsqueeze(-1), 0.0)
-        ctx.memory.index_add_(0, ids, g)
-        return None, None, None, None
+        # Asked now, not on the way there: gradients may have been cleared in between.
+        memory = memory_of(ctx.weight)
+        if memory is None:
+            return None, torch.zeros_like(ctx.weight).index_add_(0, ids, g), None
+        memory.index_add_(0, ids, g)
+        return None, None, None
 
 
 def memory_of(weight: Tensor) -> Tensor | None:
@@ -40,7 +44,7 @@ def memory_of(weight: Tensor) -> Tensor | None:
 
     `backward` ends with the same sum either way. `torch.autograd.grad` would not see what was added in place.
     """
-    memory = weight.grad if _plain(weight) and torch.is_grad_enabled() else None
+    memory = weight.grad if _plain(weight) else None
     return memory if memory is not None and memory.dtype == weight.dtype else None
 
 
@@ -63,10 +67,9 @@ def embed_in_place(model: nn.Module) -> None:
 
 
 def _forward(self: nn.Embedding, token_ids: Tensor) -> Tensor:
-    memory = memory_of(self.weight)
-    if memory is None:
+    if not _plain(self.weight):
         return F.embedding(token_ids, self.weight, self.padding_idx)
-    found: Tensor = _Embedded.apply(token_ids, self.weight, memory, self.padding_idx)  # type: ignore[no-untyped-call]
+    found: Tensor = _Embedded.apply(token_ids, self.weight, self.padding_idx)  # type: ignore[no-untyped-call]
     return found
 
 

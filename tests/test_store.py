@@ -19,7 +19,7 @@ import pytest
 from online_dpo.config import Experiment, validate_experiment
 from online_dpo.errors import RunFolderError
 from online_dpo.files import digest
-from online_dpo.store import RoundFolder, RunStore, changed_keys
+from online_dpo.store import FORMAT, RoundFolder, RunStore, changed_keys
 
 INPUTS = {"source": "s0", "prompts": "p0"}
 OUTPUTS = ["candidates.parquet", "policy"]
@@ -259,7 +259,7 @@ def test_killed_anywhere_a_new_run_is_none_or_complete(tmp_path: Path) -> None:
     for root in moments(lambda root: lambda: RunStore.create(root, experiment(), {"folder": "x"}), tmp_path):
         if RunStore.exists(root):
             assert RunStore.open(root).experiment == experiment()
-            assert RunStore.open(root).manifest == {"format": 3, "folder": "x"}
+            assert RunStore.open(root).manifest == {"format": FORMAT, "folder": "x"}
         assert RunStore.create(root, experiment(), {"folder": "x"}).experiment == experiment()
 
 
@@ -355,8 +355,8 @@ def test_a_damaged_run_is_named(store: RunStore) -> None:
     (store.root / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"manifest\.json is missing or damaged"):
         RunStore.open(store.root)
-    (store.root / "manifest.json").write_text('{"format": 4}', encoding="utf-8")
-    with pytest.raises(RunFolderError, match="has run format 4, this version reads format 3"):
+    (store.root / "manifest.json").write_text('{"format": 3}', encoding="utf-8")
+    with pytest.raises(RunFolderError, match="has run format 3, this version reads format 4"):
         RunStore.open(store.root)
     (store.root / "manifest.json").unlink()
     with pytest.raises(RunFolderError, match="is no run folder"):
@@ -537,4 +537,4 @@ def test_names_that_lead_out_of_the_folder_are_refused(name: str) -> None:
 
 
 def test_the_manifest_is_plain_json(store: RunStore) -> None:
-    assert json.loads((store.root / "manifest.json").read_text(encoding="utf-8")) == {"format": 3, "folder": "x"}
+    assert json.loads((store.root / "manifest.json").read_text(encoding="utf-8")) == {"format": FORMAT, "folder": "x"}

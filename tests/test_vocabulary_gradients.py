@@ -75,8 +75,21 @@ def test_frozen_or_narrow_matrices_are_left_to_autograd() -> None:
     narrow.grad = torch.zeros_like(narrow)
     assert memory_of(frozen) is None
     assert memory_of(narrow) is None
-    with torch.no_grad():
-        trained = nn.Parameter(torch.zeros(3, 2))
-        trained.grad = torch.zeros_like(trained)
-        assert memory_of(trained) is None
+    trained = nn.Parameter(torch.zeros(3, 2))
+    assert memory_of(trained) is None
+    trained.grad = torch.zeros_like(trained)
     assert memory_of(trained) is trained.grad
+
+
+def test_gradients_cleared_between_the_two_ways_are_not_added_to() -> None:
+    """The first pass's gradient is dropped after the second one's forward: what is left is the second's alone."""
+    plain, mine = Tied(tied=True, padding=None), Tied(tied=True, padding=None)
+    embed_in_place(mine)
+    lay_out(mine)
+    ids, targets = passes()[0]
+    mine.loss(ids, targets, chunked=True).backward()  # type: ignore[no-untyped-call]
+    second = mine.loss(ids, targets, chunked=True)
+    mine.zero_grad()
+    second.backward()  # type: ignore[no-untyped-call]
+    plain.loss(ids, targets, chunked=False).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(mine.embedding.weight.grad, plain.embedding.weight.grad, rtol=1e-4, atol=1e-5)

@@ -46,7 +46,7 @@ class GroupLoss:
 
     def backward(self, batch: Sequence[int], delta: float) -> StepSums:
         """See `Stepping.backward`."""
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(6, dtype=torch.float64)
         for chosen, counts in self.passes.of(batch):
             found = self.model.scores(self.passes.items(chosen))
             losses, figures = self._losses(chosen, found)
@@ -54,7 +54,7 @@ class GroupLoss:
             if counts:
                 tokens = float(self.passes.tokens(chosen))
                 sums += torch.tensor([float(losses.detach()), *figures, tokens], dtype=torch.float64)
-        loss, score, kl, drift, computed = summed(sums.to(self.model.device)).tolist()
+        loss, score, kl, drift, shift, computed = summed(sums.to(self.model.device)).tolist()
         return StepSums(
             loss,
             None,
@@ -67,6 +67,7 @@ class GroupLoss:
             score=score,
             kl=kl if self.reference else None,
             drift=drift,
+            shift=shift,
         )
 
     def check_first(self, step: TrainStep, sums: StepSums, units: int, start: TrainStart, tolerance: float) -> None:
@@ -82,17 +83,18 @@ class GroupLoss:
                 f"{drift / units:.4f}: the stored log-probs are not this policy's"
             )
         allowed = max(gap, rounding) if start.reference_from == "engine" else rounding
-        if sums.kl is not None and self.job.reference.digest == policy and abs(sums.kl) / units > allowed:
+        if self.reference and self.job.reference.digest == policy and abs(sums.shift) / units > allowed:
             raise TrainingError(
-                f"the first step of a round that begins at its reference must have a KL of 0, found "
-                f"{sums.kl / units:.4f}: the reference's log-probs are not this policy's"
+                f"the first step of a round that begins at its reference must have a KL of 0, found a mean log-ratio "
+                f"of {sums.shift / units:.4f}: the reference's log-probs are not this policy's"
             )
 
     def _losses(self, chosen: Sequence[int], found: ItemScores) -> tuple[Tensor, list[float]]:
-        """The sum of the groups' losses; the sums of their mean scores, weighed log-ratios to the reference, drifts."""
+        """The sum of the groups' losses; the sums of their mean scores, log-ratios to the reference, weighed,
+        the drifts, and the log-ratios as they are."""
         log_pi = TokenLogps(found.logps, found.lengths).sums()
         losses: list[Tensor] = []
-        figures = [0.0, 0.0, 0.0]
+        figures = [0.0, 0.0, 0.0, 0.0]
         first = 0
         for i in chosen:
             group = self.job.groups[i]
@@ -104,7 +106,9 @@ class GroupLoss:
             out = rloo(own, log_mu, log_ref, scores, self.spec.kl, self.spec.clip)
             losses.append(out.loss)
             figures[0] += sum(group.scores) / len(group.scores)
-            figures[1] += 0.0 if out.log_ratios is None else float((out.weights * out.log_ratios).double().mean())
+            if out.log_ratios is not None:
+                figures[1] += float((out.weights * out.log_ratios).double().mean())
+                figures[3] += float(out.log_ratios.double().mean())
             figures[2] += float((own.detach() - log_mu).double().mean())
         return torch.stack(losses).sum(), figures
 

@@ -15,7 +15,8 @@ class StepSums:
 
     Of pairs: what they lost, how they were ranked, how far each side moved. `reward`: Σ of each pass's mean reward
     times its pairs (for `bco_pair`). `expected`: Σ of the losses that policy = reference would give.
-    Of groups, whose answers are averaged first: `score`, the judge's; `kl`, w·log(π/π_ref); `drift`, log(π/μ).
+    Of groups, whose answers are averaged first: `score`, the judge's; `kl`, w·log(π/π_ref); `drift`, log(π/μ);
+    `shift`, log(π/π_ref) unweighed.
     `tokens`: what was computed.
     """
 
@@ -29,6 +30,7 @@ class StepSums:
     tokens: int
     score: float | None = None
     kl: float | None = None
+    shift: float = 0.0
     drift: float | None = None
 
 
