@@ -22,6 +22,11 @@ class DatasetSpec(Spec):
     def _shorthand(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    @model_serializer(mode="wrap")
+    def _what_is_said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not given."""
+        return {key: value for key, value in dump(self).items() if value is not None}
+
 
 class RefreshSpec(Spec):
     """When what was sampled last is too far from the policy to be trained on again. Either limit refreshes."""
