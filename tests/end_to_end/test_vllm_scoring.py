@@ -84,10 +84,9 @@ def test_more_next_tokens_than_vllm_takes_at_once(engine: Any, policy: Policy) -
     assert [many[token] for token in (3, 77, 150)] == [pytest.approx(row, abs=1e-4) for row in alone]
 
 
-def test_more_prompts_than_one_step_takes(engine: Any, policy: Policy) -> None:
+def test_more_prompts_than_one_step_takes(engine: Any) -> None:
     """Answers with seeds of their own to 12,000 tokens of prompts: no prompt is computed in two parts (on a CPU vLLM
     cannot turn back the generator of such a request), and an answer does not depend on the others."""
-    engine.load(policy)
     prompts = [Prompt(f"p{n}", (Message("user", "x"),), tuple(range(100 + n, 300 + n))) for n in range(60)]
     requests = [SampleRequest(prompt, (n, 1000 + n)) for n, prompt in enumerate(prompts)]
     sampling = SamplingSpec(n=2, max_tokens=4)
