@@ -44,7 +44,7 @@ test: $(PROJECT)
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(PROJECT)
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow --durations=20 $(ARGS)
 
 bench: $(PROJECT)
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
