@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +112,28 @@ def test_a_hidden_module_beside_the_yaml_is_an_error(folder: Path) -> None:
     (folder / "string.py").write_text(USER_MODULE)
     with pytest.raises(JudgeError, match=r"string\.py is hidden by .*string\.py: rename it"):
         load_judge(spec("string:Vowels", weight=1), [folder])
+
+
+def test_a_folder_named_judges_beside_the_yaml_hides_nothing(folder: Path) -> None:
+    """Fitted judges are kept in one: to Python it is a package too, and an editable installation is looked up last.
+
+    In a process of its own, for here `judges` is imported already; a judge of the user's own is loaded first.
+    """
+    (folder / "judges").mkdir()
+    script = (
+        "from pathlib import Path; from online_dpo.judging.importing import import_object; import sys; "
+        "folder = [Path(sys.argv[1])]; print(import_object('vowel_judges:Vowels', folder).__name__, "
+        "import_object('judges.length:LengthJudge', folder).__name__)"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=_installed_only())
+    assert (done.stdout, done.returncode) == ("Vowels LengthJudge\n", 0), done.stderr
+
+
+def _installed_only() -> dict[str, str]:
+    """This environment without what a run of the tests put on Python's path; "safe": not the working folder either."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "PYTHONSAFEPATH": "1"}
 
 
 @pytest.mark.parametrize("source", ["class LengthJudge: pass\n", "import a_package_nobody_has\n", "1 / 0\n"])

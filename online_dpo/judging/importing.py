@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 import sys
@@ -27,10 +28,11 @@ def import_object(name: str, folders: Sequence[Path] = (), what: str = "judge") 
 
 
 def _import_module(name: str, folders: Sequence[Path], asked: str) -> ModuleType:
-    _search_in(folders)
     root = name.partition(".")[0]
-    if root == "judges":
+    # Before `folders` are searched: on the path, a folder `judges` beside an experiment hides an editable installation.
+    with contextlib.nullcontext() if root == "judges" else contextlib.suppress(JudgeError):
         _check_judges_package(asked)
+    _search_in(folders)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
