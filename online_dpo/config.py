@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.dpo_spec import DPOSpec as DPOSpec  # noqa: PLC0414 - a section of the experiment like the others
 from online_dpo.errors import ConfigError, nearest
 from online_dpo.source_spec import DatasetSpec, Source, SourceSpec, parts_of, source_kind
@@ -352,6 +353,7 @@ class Experiment(ArmSettings):
     )
     engine: EngineSpec = EngineSpec()
     learner: LearnerSpec = LearnerSpec()
+    cluster: ClusterSpec = ClusterSpec()
     keep: Literal["all", "last", "best"] = Field(default="all", description="which policies stay on disk")
     select: Literal["last", "best", "best_gold"] = Field(
         default="last", description="the round that stands for an arm: the last, or the best held-out or gold reward"

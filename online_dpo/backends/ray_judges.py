@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from online_dpo.backends.ray_cluster import cores, wait
+from online_dpo.backends.ray_session import RaySession
 from online_dpo.config import JudgeSpec
 from online_dpo.errors import ConfigError, JudgeError, one_line
 from online_dpo.judging import Comparison, Item, Judge, PairwiseJudge, PointwiseJudge, Score, load_judge
@@ -94,21 +96,45 @@ class RemotePairwiseJudge(_Remote, PairwiseJudge):
 
 
 def place_judge(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
-    """Start the judge of `spec` in an actor of its own: a `judging.Place`.
+    """Start the judge of `spec` in an actor of its own on this machine: a `judging.Place`.
 
     Raises `ConfigError` when it asks for GPUs that are not there, and the judge's own errors.
     """
+    gpus, threads = _asked(spec)
+    return _start(spec, folders, gpus, threads or cores(), {"num_cpus": 0, "num_gpus": gpus})
+
+
+@dataclass(frozen=True)
+class JudgePlacer:
+    """`place_judge` in a session: judges live until it ends. On a cluster each has a placement group of its own."""
+
+    session: RaySession
+
+    def __call__(self, spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
+        """Start the judge of `spec`: a `judging.Place`. Raises what `place_judge` does, and `ConfigError` where there
+        is no room."""
+        if not self.session.joined:
+            return place_judge(spec, folders)
+        gpus, threads = _asked(spec)
+        placed = self.session.place([self.session.bundle(f"judge '{spec.use}'", threads, gpus)])
+        return _start(spec, [folder.absolute() for folder in folders], gpus, threads or 1, placed.options(0))
+
+
+def _asked(spec: JudgeSpec) -> tuple[float, int | None]:
+    """The GPUs and the CPU threads that a judge asks for. Raises `ConfigError` for GPUs that are not there."""
     gpus = spec.actor.gpus if spec.actor is not None else 0.0
     there = float(ray.cluster_resources().get("GPU", 0))
     if gpus > there:
         raise ConfigError(f"judge '{spec.use}': actor.gpus asks for {gpus:g} GPUs, there are {there:g}")
-    threads = (spec.actor.threads if spec.actor is not None else None) or cores()
+    return gpus, spec.actor.threads if spec.actor is not None else None
+
+
+def _start(spec: JudgeSpec, folders: Sequence[Path], gpus: float, threads: int, options: dict[str, Any]) -> Judge:
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     if not gpus:
         # Ray would leave all GPUs in sight, and "device: auto" would take the memory that the engine counts on.
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    remote = ray.remote(JudgeActor)
-    actor = remote.options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment}).remote()
+    actor = ray.remote(JudgeActor).options(**options, runtime_env={"env_vars": environment}).remote()
     told = wait(actor.build.remote(spec, list(folders)), JudgeError, f"judge '{spec.use}'")
     remote_kind = RemotePairwiseJudge if "batch_comparisons" in told else RemotePointwiseJudge
     judge: Judge = _with_flags_of(judge_class(spec, folders), remote_kind)(actor, told, spec.use)
