@@ -42,7 +42,7 @@ def main(archive: Path) -> None:
 def sentences(archive: Path, sign: str) -> list[str]:
     """The distinct sentences of one sign, long enough to be cut, in a seeded order."""
     with zipfile.ZipFile(archive) as files:
-        text = files.read(f"sentence_polarity/rt-polarity.{sign}").decode("latin-1")
+        text = files.read(f"sentence_polarity/rt-polarity.{sign}").decode("utf-8")
     found = sorted({" ".join(line.split()) for line in text.splitlines()})
     found = [sentence for sentence in found if len(sentence.split()) >= 2 * WORDS]
     random.Random(sign).shuffle(found)
