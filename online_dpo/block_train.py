@@ -98,6 +98,7 @@ def whole_figures(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **infos[-1],
         "steps": sum(info["steps"] for info in infos),
+        **{key: _over_steps(infos, key) for key in ("loss_mean", "accuracy_mean")},
         "answers": sum(info["answers"] for info in infos),
         "loss_first": infos[0]["loss_first"],
         "grad_norm_largest": max(info["grad_norm_largest"] for info in infos),
@@ -108,6 +109,12 @@ def whole_figures(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "curve": [point for info in infos for point in info["curve"]],
     }
+
+
+def _over_steps(infos: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of `key` over all blocks' steps; None where a block has no such figure."""
+    weighed = [info[key] * info["steps"] for info in infos if info.get(key) is not None]
+    return sum(weighed) / sum(info["steps"] for info in infos) if len(weighed) == len(infos) else None
 
 
 def _largest(values: Sequence[float | None]) -> float | None:

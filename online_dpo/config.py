@@ -187,6 +187,8 @@ class ArmSettings(Spec):
             raise ValueError(
                 "algorithm: rloo learns from all answers of a policy's sample: source current, initial or every"
             )
+        if self.dpo.faults.on:
+            raise ValueError("dpo.faults are those of losses of pairs, and algorithm: rloo has none: leave them out")
         if self.sampling.n < 2:
             raise ValueError(
                 "algorithm: rloo compares an answer with the others of its prompt: sampling.n of 2 or more"
@@ -378,6 +380,15 @@ class Experiment(ArmSettings):
         return self
 
     @model_validator(mode="after")
+    def _dropout_has_a_layout(self) -> Experiment:
+        if self.learner.layout == "packed" and self.with_dropout:
+            raise ValueError(
+                f"learner.layout: packed attention has no dropout, and arms.{self.with_dropout[0]} trains with it "
+                "(dpo.faults.dropout): leave 'layout' out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gold_is_there(self) -> Experiment:
         if self.select == "best_gold" and self.evaluation.gold is None:
             raise ValueError("select: best_gold needs a judge at evaluation.gold")
@@ -413,6 +424,11 @@ class Experiment(ArmSettings):
                 raise ValueError(f"arms.{waiting[0]}.source.stream: {' waits for '.join([*waiting, other])}")
             if other in self.arms:
                 self._check_waits([*waiting, other])
+
+    @property
+    def with_dropout(self) -> list[str]:
+        """The arms that train with dropout (`dpo.faults.dropout`)."""
+        return [name for name in self.arms if self.arm(name).dpo.faults.dropout]
 
     def streamed(self, name: str) -> list[str]:
         """The arms of this run whose pairs or answers arm `name` trains on."""

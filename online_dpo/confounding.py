@@ -53,6 +53,7 @@ def confounded_settings(
     """Those of `confounded` that the settings alone tell: judges and seeds are spoken of by `compare` beside its
     results."""
     return [
+        *_faults(experiment),
         *_several_things(experiment),
         *_budgets(experiment),
         *gold_in_training(experiment, digest),
@@ -92,6 +93,16 @@ def _thing(key: str) -> str:
     if section == "dpo" and rest.partition(".")[0] in ("loss", *LOSS_KEYS):
         return "dpo.loss"
     return key
+
+
+def _faults(experiment: Experiment) -> list[str]:
+    """Arms that train with faults switched on: they show what a fault costs, and stand for no method."""
+    faults = {name: experiment.arm(name).dpo.faults for name in experiment.arms}
+    return [
+        f"arm {name} trains with faults switched on (dpo.faults): {found.describe()}"
+        for name, found in faults.items()
+        if found.on
+    ]
 
 
 def _several_things(experiment: Experiment) -> list[str]:

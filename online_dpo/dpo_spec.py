@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from online_dpo.errors import nearest
+from online_dpo.faults_spec import FaultsSpec
 from online_dpo.spec import DOTTED, Fraction, Positive, Spec
 
 LossName = Literal[
@@ -105,6 +106,9 @@ class DPOSpec(Spec):
         default=None, description="pairs weigh π/μ of both answers, at most this; μ: the policy that sampled them"
     )
     xpo_alpha: NonNegative = Field(default=0.0, description="α of + α·log π(answers drawn from the reference)")
+    faults: FaultsSpec = Field(
+        default=FaultsSpec(), description="what a first script often gets wrong, switched on to see what it costs"
+    )
     lr: AboveZero = 1e-6
     batch_size: Positive = 32
     epochs: Positive = 1
@@ -160,6 +164,23 @@ class DPOSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _faults_have_an_effect(self) -> DPOSpec:
+        faults = self.faults
+        if faults.on and self.chosen_alone:
+            raise ValueError(
+                f"dpo.faults are those of losses of pairs; loss '{self.loss_name}' is none: leave them out"
+            )
+        if faults.of_text and self.importance_clip is not None:
+            raise ValueError(
+                "'importance_clip' weighs by log-probs that were stored at sampling, of completions alone: it does not "
+                "go with faults.score_prompt or faults.score_padding"
+            )
+        for key in ("ld_alpha", "length_penalty"):
+            if faults.score_padding and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"'{key}' compares lengths, and faults.score_padding makes them equal: leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _summed_or_averaged(self) -> DPOSpec:
         if self.loss == "ipo" and self.length_normalize is None:
             raise ValueError(
@@ -186,7 +207,7 @@ class DPOSpec(Spec):
         return self.loss_name in CHOSEN_ALONE
 
     def describe_loss(self) -> str:
-        """One line: the loss, β, summed or averaged log-probs, and every key that changes it, with its value."""
+        """One line: the loss, β, summed or averaged log-probs, every key that changes it with its value, faults."""
         if self.chosen_alone:
             return f"{self.loss_name} on the chosen answers, averaged log-probs"
         params = self.loss.params if isinstance(self.loss, LossSpec) else {}
@@ -203,4 +224,6 @@ class DPOSpec(Spec):
                 parts.append(key)
             elif value is not None and (value or key == "ld_alpha"):
                 parts.append(f"{key} {value:g}")
+        if self.faults.on:
+            parts.append(f"FAULTS SWITCHED ON: {self.faults.describe()}")
         return ", ".join(parts)

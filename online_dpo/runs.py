@@ -19,6 +19,7 @@ from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.dataset_rows import DatasetRows, Reading
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.evaluate_stage import held_out_sampling
+from online_dpo.fault_checks import check_faults
 from online_dpo.files import digest_json, write_json
 from online_dpo.forking import Fork, lay_fork
 from online_dpo.human_pairs import (
@@ -89,6 +90,7 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     reading = _reading(experiment, model, tokenizer, (prompts.train, prompts.held_out), folder)
     datasets = read_datasets(experiment, reading)
     check_losses(experiment, folder)
+    check_faults(experiment, model.path)
     check_streams(experiment, [folder], model.digest)
     missing_clients(experiment.tracking)
     human_pairs = load_human_pairs(experiment.evaluation.pairs, reading, datasets.values())
@@ -230,6 +232,7 @@ def fork_run(fork: Fork) -> Path:
     )
     check_unchanged(fork.store, model, {})
     check_losses(experiment, folder)
+    check_faults(experiment, model.path)
     check_streams(experiment, [folder], model.digest)
     missing_clients(experiment.tracking)
     prompts = read_prompts(fork.store.root / "prompts.parquet")

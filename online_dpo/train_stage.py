@@ -28,6 +28,9 @@ def train_round(arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundData) 
 
     def produce(out: Path) -> dict[str, Any]:
         work = training_data(arm, folder, pinned, data)
+        faults = arm.settings.dpo.faults
+        if faults.on:
+            arm.run.progress.say(f"{arm.label} · {folder.title}: faults are switched on: {faults.describe()}")
         info = do_training(arm, folder, work, round_job(arm, folder, pinned, data, work, out / "policy", seed))
         write_model_card(arm, folder.index, pinned, len(work.pairs), out / "policy")
         return info
@@ -90,10 +93,16 @@ def train_inputs(arm: Arm, pinned: Pinned, data: RoundData, seed: int) -> dict[s
         "reference": pinned.reference.digest,
         "source": "" if data.sampled_by is None else data.sampled_by.digest,
         "candidates": data.pair.inputs["candidates"],
-        "dpo": digest_json(arm.settings.dpo.model_dump()),
+        "dpo": digest_json(_dpo_settings(arm)),
         "seed": str(seed),
         **_own_inputs(arm, data),
     }
+
+
+def _dpo_settings(arm: Arm) -> dict[str, Any]:
+    """Without faults, where none is on: runs that began before there were such keys go on."""
+    dpo = arm.settings.dpo
+    return dpo.model_dump(exclude=None if dpo.faults.on else {"faults"})
 
 
 def _own_inputs(arm: Arm, data: RoundData) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from online_dpo.leaving import LEAVING
 from online_dpo.protocols import Learner, Progress, TrainJob, TrainStart, TrainStep
 
 
@@ -26,7 +27,7 @@ def train_shown(learner: Learner, job: TrainJob, shown: Shown) -> tuple[TrainSta
     total = shown.units * job.dpo.epochs
     shown.progress.start(shown.label, total, shown.unit)
     done = 0
-    for event in learner.train(job):
+    for event in _events(learner, job):
         if isinstance(event, TrainStart):
             starts.append(event)
         elif isinstance(event, TrainStep):
@@ -42,16 +43,23 @@ def train_shown(learner: Learner, job: TrainJob, shown: Shown) -> tuple[TrainSta
     return starts[0], steps
 
 
+def _events(learner: Learner, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
+    with LEAVING.by_checkpoint(job.checkpoint):
+        yield from learner.train(job)
+
+
 def train_figures(start: TrainStart, steps: Sequence[TrainStep], seconds: float) -> dict[str, Any]:
-    """What a stage's record keeps of training: first and last steps, the reference, speed, the curve."""
+    """What a stage's record keeps of training: first and last steps, means over the steps, the reference, the curve."""
     computing = sum(step.seconds for step in steps)
     tokens = sum(step.tokens for step in steps)
     return {
         "steps": len(steps),
         "loss_first": steps[0].loss,
         "loss_last": steps[-1].loss,
+        "loss_mean": sum(step.loss for step in steps) / len(steps),
         "margin_last": steps[-1].margin,
         "accuracy_last": steps[-1].accuracy,
+        "accuracy_mean": _mean([step.accuracy for step in steps]),
         "chosen_logp_change": steps[-1].r_w,
         "rejected_logp_change": steps[-1].r_l,
         "reward_last": steps[-1].reward,
@@ -63,6 +71,12 @@ def train_figures(start: TrainStart, steps: Sequence[TrainStep], seconds: float)
         "tokens_per_second": round(tokens / computing, 1),
         "curve": [_point(step) for step in steps],
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one of them is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _point(step: TrainStep) -> dict[str, float]:

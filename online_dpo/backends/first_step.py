@@ -13,8 +13,12 @@ def check_first_step(step: TrainStep, start: TrainStart, expected: float, dpo: D
     `expected`: the loss that this arm's objective has at policy = reference. Where the reference's log-probs are the
     engine's, Δ may be off by the gap between engine and learner, twice what a few pairs showed on each side; another
     packing moves float32 by less. The margin is β·Δ, and the plain loss is no steeper in Δ; other losses and some
-    modifiers are, so the margin alone is looked at there. Raises `TrainingError`.
+    modifiers are, so the margin alone is looked at there. A policy whose dropout is on (`dpo.faults.dropout`) is not
+    the reference even with its weights: its noise is then the first step's margin, and nothing can be told from it.
+    Raises `TrainingError`.
     """
+    if dpo.faults.dropout:
+        return
     gap = (start.engine_gap_sequence or 0.0) if start.reference_from == "engine" else 0.0
     allowed = dpo.beta * max(4 * gap, 20 * tolerance)
     steeper = dpo.loss != "sigmoid" or dpo.dpop_lambda or dpo.wpo_weight or dpo.importance_clip

@@ -70,12 +70,12 @@ def choose_forward(model: Any, wanted: str, device: torch.device, precision: Any
     `wanted` is "auto", "packed" or "plain". The model's attention is left set for the choice. `precision` makes the
     context (autocast) that the forward will run in. Raises `ModelError` when "packed" is wanted and not possible.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = inner.config._attn_implementation
+    inner = _inner(model)
+    own = attention_of(model)
     items = _trial_items(int(inner.get_input_embeddings().weight.shape[0]))
     # transformers' sdpa leaves out the soft-capping of attention scores that some models were trained with.
     exact = "eager" if getattr(inner.config, "attn_logit_softcapping", None) else own
-    _attend_by(inner, exact)
+    attend_by(inner, exact)
     truth, error = _tried(model, items, Forward(False, False), device, precision)
     if truth is None:
         raise ModelError(f"the model's forward fails on a few random tokens: {error}")
@@ -90,11 +90,11 @@ def choose_forward(model: Any, wanted: str, device: torch.device, precision: Any
     packed = Forward(True, not whole)
     for name, attention in _attentions(device).items():
         register(name, attention)
-        _attend_by(inner, name)
+        attend_by(inner, name)
         fault = _agrees(model, items, packed, device, precision, truth)
         if not fault:
             return Forward(True, not whole, "; ".join(reasons))
-    _attend_by(inner, exact)
+    attend_by(inner, exact)
     if wanted == "packed":
         raise ModelError(f"learner.layout is packed, and this model cannot: {fault}; set learner.layout: auto")
     reasons.append(f"a prompt is computed again for each completion ({fault})")
@@ -111,9 +111,19 @@ def _attentions(device: torch.device) -> dict[str, Callable[..., Any]]:
     return {**found, NAME: packed_attention}
 
 
-def _attend_by(inner: Any, name: str) -> None:
-    if inner.config._attn_implementation != name:
-        inner.set_attn_implementation(name)
+def attention_of(model: Any) -> str:
+    """The name of the attention that `model` computes with."""
+    return str(_inner(model).config._attn_implementation)
+
+
+def attend_by(model: Any, name: str) -> None:
+    """Let `model` compute with the attention called `name`."""
+    if attention_of(model) != name:
+        _inner(model).set_attn_implementation(name)
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _agrees(model: Any, items: list[Item], way: Forward, device: torch.device, precision: Any, truth: Tensor) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from online_dpo.dropout_rates import is_rate
 from online_dpo.errors import ModelError, one_line
 
 
@@ -17,6 +20,13 @@ def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = Fal
     DPO compares log-probs of one text under two policies: dropout noise in either would be taken for preference.
     Raises `ModelError` when transformers cannot load the folder.
     """
+    model = read_causal_lm(path, dtype, trust_remote_code)
+    silence_dropout(model)
+    return model
+
+
+def read_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """`load_causal_lm` with the model's own dropout rates, which `silence_dropout` returns."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -27,25 +37,41 @@ def load_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = Fal
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a causal language model from {path}: {one_line(error, 300)}") from error
-    silence_dropout(model)
     if getattr(model.config, "attn_logit_softcapping", None):
         # transformers' default attention leaves the cap out: other log-probs than the model was trained to.
         model.set_attn_implementation("eager")  # type: ignore[operator]
     return model.eval()
 
 
-def silence_dropout(model: nn.Module) -> None:
+class DropoutRate(NamedTuple):
+    """`holder`.`name` (of a layer, or of a configuration) was `value` > 0."""
+
+    holder: Any
+    name: str
+    value: float
+
+
+def silence_dropout(model: nn.Module) -> list[DropoutRate]:
     """Set every dropout rate to zero: layers, and rates that modules or their configuration keep as plain numbers.
 
-    "drop" alone is looked for, since whole layers are skipped by a rate called `layerdrop`.
+    "drop" alone is looked for, since whole layers are skipped by a rate called `layerdrop`. Returns the rates above
+    zero that the model reads, for `set_dropout`.
     """
+    found = []
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(getattr(holder, "__dict__", {}).items()):
-                if "drop" in name and isinstance(value, float):
+                layer = isinstance(holder, _DropoutNd) and name == "p"
+                if isinstance(value, float) and (layer or "drop" in name):
+                    found.append(DropoutRate(holder, name, value))
                     setattr(holder, name, 0.0)
+    return [rate for rate in found if rate.value > 0 and (rate.name == "p" or is_rate(rate.name))]
+
+
+def set_dropout(rates: Iterable[DropoutRate], *, on: bool) -> None:
+    """Put `rates` back as they were, or to zero."""
+    for holder, name, value in rates:
+        setattr(holder, name, value if on else 0.0)
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:

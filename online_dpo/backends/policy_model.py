@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from online_dpo.backends import sharding
 from online_dpo.backends.distributed import from_first, largest, rank_and_world
-from online_dpo.backends.forward import ItemScores, choose_forward
-from online_dpo.backends.hf_model import load_causal_lm, silence_dropout, torch_dtype
+from online_dpo.backends.forward import Forward, ItemScores, attend_by, attention_of, choose_forward
+from online_dpo.backends.hf_model import load_causal_lm, read_causal_lm, set_dropout, silence_dropout, torch_dtype
 from online_dpo.backends.stacked_adapter import drop_stacked, load_adapter
 from online_dpo.config import LoraSpec
 from online_dpo.errors import ConfigError, ModelError, one_line
@@ -21,6 +22,7 @@ from online_dpo.matmul import quicken
 from online_dpo.models import digest_folder, load_tokenizer
 from online_dpo.packing import Item
 from online_dpo.passes import fill
+from online_dpo.scored_text import padding_token
 from online_dpo.types import Policy, Probe
 from online_dpo.vocabulary_gradients import embed_in_place, lay_out
 
@@ -61,14 +63,15 @@ class PolicyModel:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch_dtype(dtype, self.device)
         self.lora = lora
-        model: Any = load_causal_lm(initial.path, torch.float32, trust_remote_code)
+        model: Any = read_causal_lm(initial.path, torch.float32, trust_remote_code)
+        self.dropout_rates = silence_dropout(model)
         if lora is not None:
             model = _with_adapter(model, lora, model_name)
         if activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if lora is not None:
                 model.enable_input_require_grads()
-            # transformers checkpoints in training mode alone; every dropout is zero, so the mode changes nothing else.
+            # transformers checkpoints in training mode alone; dropout is zero, so the mode changes nothing else.
             model.train()
         if self.device.type == "cpu":
             quicken(model)
@@ -78,7 +81,10 @@ class PolicyModel:
             sharding.shard(model, self.device, self.world)
         self.model: Any = model.to(self.device)
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[self.device.type]
+        own = attention_of(self.model)
         self.forward = choose_forward(self.model, layout, self.device, self.autocast)
+        self._chosen = self.forward, attention_of(self.model)
+        self._plain = Forward(False, self.forward.chunked), own
         self._let_go()
         self.loaded: str | None = initial.digest
 
@@ -149,7 +155,10 @@ class PolicyModel:
             self.model.save_pretrained(out, state_dict=state, safe_serialization=True, save_embedding_layers=False)
         else:
             _make_generation_saveable(self.model)
+            # The configuration as it was read: who trains the policy further may want its dropout.
+            set_dropout(self.dropout_rates, on=True)
             self.model.save_pretrained(out, state_dict=state, safe_serialization=True)
+            set_dropout(self.dropout_rates, on=False)
             load_tokenizer(self.initial.path, self.trust_remote_code).save_pretrained(out)
         return digest_folder(out)
 
@@ -180,6 +189,38 @@ class PolicyModel:
         for _ in range(spare):
             self.scores([SPARE])
         return result
+
+    def lay_out(self, *, plain: bool) -> None:
+        """Compute in the plain layout from now on, or in the one that was chosen at the start."""
+        self.forward, attention = self._plain if plain else self._chosen
+        attend_by(self.model, attention)
+
+    @cached_property
+    def padding(self) -> int:
+        """What `dpo.faults.score_padding` fills up with: `scored_text.padding_token`."""
+        return padding_token(load_tokenizer(self.initial.path, self.trust_remote_code))
+
+    @contextmanager
+    def dropout(self, seed: int) -> Iterator[None]:
+        """Inside, the model's own dropout is on, as `model.train()` leaves it elsewhere; `seed` decides its noise.
+
+        The way back belongs inside too: with activation checkpointing layers are run again there. Raises `ModelError`
+        for a model that has no dropout, and in the packed layout, whose attention has none.
+        """
+        if not self.dropout_rates:
+            raise ModelError("dpo.faults.dropout: this model has no dropout to leave on")
+        if self.forward.packed:
+            raise ModelError("dpo.faults.dropout: packed attention has no dropout: the layout must be plain")
+        training = self.model.training
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            set_dropout(self.dropout_rates, on=True)
+            self.model.train()
+            try:
+                yield
+            finally:
+                set_dropout(self.dropout_rates, on=False)
+                self.model.train(training)
 
     def probe(self, token_ids: Sequence[int]) -> Probe:
         """The probe of the weights that are loaded now, in float32 whatever the forward's precision in training.

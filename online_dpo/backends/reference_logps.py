@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -11,8 +12,10 @@ import torch
 from online_dpo.backends.distributed import from_first, gathered
 from online_dpo.backends.logp_cache import LogpCache, cache_key
 from online_dpo.backends.policy_model import PolicyModel
+from online_dpo.faults_spec import FaultsSpec
 from online_dpo.packing import Item
 from online_dpo.protocols import TrainJob, TrainStart
+from online_dpo.scored_text import scored_texts
 from online_dpo.types import Pair, Policy
 
 GAP_SAMPLE = 4
@@ -24,8 +27,19 @@ PairLogps = tuple[Sequence[float], Sequence[float]]
 
 def items_of(pairs: Sequence[Pair]) -> list[Item]:
     """All chosen completions behind their prompts, then all rejected ones; tokens as sampled."""
-    chosen = [(pair.prompt.token_ids, pair.chosen.token_ids) for pair in pairs]
-    return [*chosen, *((pair.prompt.token_ids, pair.rejected.token_ids) for pair in pairs)]
+    return side_by_side([scored_texts(pair, FaultsSpec(), padding=0) for pair in pairs])
+
+
+def scored_items(model: PolicyModel, job: TrainJob) -> list[tuple[Item, Item]]:
+    """What the loss scores of each pair, chosen and rejected: the completions, and what `dpo.faults` add."""
+    faults = job.dpo.faults
+    padding = model.padding if faults.score_padding else 0
+    return [scored_texts(pair, faults, padding) for pair in job.pairs]
+
+
+def side_by_side(pairs: Sequence[tuple[Item, Item]]) -> list[Item]:
+    """All first items, then all second ones."""
+    return [pair[side] for side in (0, 1) for pair in pairs]
 
 
 def stored_logps(pairs: Sequence[Pair]) -> list[PairLogps]:
@@ -36,13 +50,20 @@ def stored_logps(pairs: Sequence[Pair]) -> list[PairLogps]:
 def reference_logps(
     model: PolicyModel, job: TrainJob, tolerance: float, *, needed: bool
 ) -> tuple[list[PairLogps], TrainStart]:
-    """The reference's log-probs of all pairs, and how they were come by: `_known`."""
+    """The reference's log-probs of all pairs, and how they were come by: `_known`.
+
+    Where `dpo.faults` score other tokens than the completions, these are computed: no engine stored them.
+    """
     half = len(job.pairs)
     stored = stored_logps(job.pairs)
     flat = [logps for side in (0, 1) for logps in (pair[side] for pair in stored)]
     few = _spread(half)
     sample = [*few, *(half + i for i in few)]
-    values, start = _known(model, job, items_of(job.pairs), flat, sample, tolerance, needed=needed)
+    others = job.dpo.faults.of_text
+    values, start = _known(model, job, items_of(job.pairs), flat, sample, tolerance, needed=needed and not others)
+    if needed and others:
+        values, origin = _computed(model, job, side_by_side(scored_items(model, job)))
+        start = replace(start, reference_from=origin)
     return list(zip(values[:half], values[half:], strict=True)), start
 
 
@@ -83,9 +104,8 @@ def _known(
         return [], TrainStart("none", gap_token, gap_sequence)
     if job.drawn_from_reference and gap_token is not None and gap_token <= tolerance:
         return list(stored), TrainStart("engine", gap_token, gap_sequence)
-    values, found = _cached(model, job, items)
-    origin = "cache" if found == len(values) else "learner"
-    return list(values), TrainStart(origin, gap_token, gap_sequence)
+    values, origin = _computed(model, job, items)
+    return values, TrainStart(origin, gap_token, gap_sequence)
 
 
 def _spread(count: int) -> list[int]:
@@ -109,8 +129,8 @@ def _engine_gap(
     return _largest(tokens), _largest([sum(a) - sum(b) for a, b in zip(own, stored, strict=True)])
 
 
-def _cached(model: PolicyModel, job: TrainJob, items: Sequence[Item]) -> tuple[list[list[float]], int]:
-    """The reference's log-probs of `items`, and how many of them were in the cache."""
+def _computed(model: PolicyModel, job: TrainJob, items: Sequence[Item]) -> tuple[list[Sequence[float]], str]:
+    """The reference's log-probs of `items`; "cache" where all of them were in it, else "learner"."""
     precision = str(model.dtype).removeprefix("torch.")
     keys = [cache_key(job.reference.digest, precision, item) for item in items]
     cache = LogpCache(job.cache) if job.cache is not None else None
@@ -124,7 +144,7 @@ def _cached(model: PolicyModel, job: TrainJob, items: Sequence[Item]) -> tuple[l
             cache.keep(fresh)
     else:
         fresh = {}
-    return [known[key] if key in known else fresh[key] for key in keys], sum(key in known for key in keys)
+    return [known[key] if key in known else fresh[key] for key in keys], "learner" if missing else "cache"
 
 
 @torch.no_grad()

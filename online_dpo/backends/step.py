@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ from online_dpo.backends.distributed import gathered_by_index, summed
 from online_dpo.backends.first_step import check_first_step
 from online_dpo.backends.forward import ItemScores
 from online_dpo.backends.policy_model import PolicyModel
-from online_dpo.backends.reference_logps import PairLogps, items_of, stored_logps
+from online_dpo.backends.reference_logps import PairLogps, scored_items, side_by_side, stored_logps
 from online_dpo.backends.step_passes import StepPasses
 from online_dpo.backends.stepping import StepSums
 from online_dpo.losses import aot_reference, implicit_rewards
 from online_dpo.objective import Objective, PairBatch, PairLosses, TokenLogps
 from online_dpo.protocols import TrainJob, TrainStart, TrainStep
+from online_dpo.seeds import derive_seed
 
 
 class StepLoss:
@@ -31,18 +33,29 @@ class StepLoss:
         self.objective = objective
         self.reference = reference
         self.from_reference = job.drawn_from_reference
-        self.passes = StepPasses(model, [items_of([pair]) for pair in self.pairs])
+        self.items = scored_items(model, job)
+        self.passes = StepPasses(model, self.items)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def backward(self, batch: Sequence[int], delta: float) -> StepSums:
         """See `Stepping.backward`: each pass's summed loss is divided by the whole batch's size."""
+        with self._dropout(batch):
+            return self._backward(batch, delta)
+
+    def _dropout(self, batch: Sequence[int]) -> AbstractContextManager[None]:
+        """Where `dpo.faults` leave dropout on: noise by batch and worker, so that a step done again has the same."""
+        if not self.job.dpo.faults.dropout:
+            return nullcontext()
+        return self.model.dropout(derive_seed(self.job.seed, "dropout", self.model.rank, *batch))
+
+    def _backward(self, batch: Sequence[int], delta: float) -> StepSums:
         passes = self.passes.of(batch)
         of_rank = self._of_rank(batch, passes) if self.objective.needs_ranking else {}
         sums = torch.zeros(8, dtype=torch.float64)
         for chosen, counts in passes:
-            found = self.model.scores(items_of([self.pairs[i] for i in chosen]))
+            found = self._scores(chosen)
             data = self._data(chosen, found, of_rank, delta)
             out = self.objective(data)
             (out.losses.sum() * (counts / len(batch))).backward()  # type: ignore[no-untyped-call]
@@ -55,6 +68,9 @@ class StepLoss:
         """Of a round that begins at its reference: `first_step.check_first_step`."""
         if self.reference and self.job.policy.digest == self.job.reference.digest and sums.expected is not None:
             check_first_step(step, start, sums.expected / units, self.job.dpo, tolerance)
+
+    def _scores(self, chosen: Sequence[int]) -> ItemScores:
+        return self.model.scores(side_by_side([self.items[i] for i in chosen]))
 
     def _data(self, chosen: Sequence[int], found: ItemScores, of_rank: dict[int, float], delta: float) -> PairBatch:
         pairs = [self.pairs[i] for i in chosen]
@@ -86,7 +102,7 @@ class StepLoss:
         """`aot_reference` of the whole batch by pair: one more forward, since ranks need every margin first."""
         margins: dict[int, tuple[float, float]] = {}
         for chosen, _ in passes:
-            found = self.model.scores(items_of([self.pairs[i] for i in chosen]))
+            found = self._scores(chosen)
             of_pi, of_ref = self.objective.margins(self._data(chosen, found, {}, 0.0))
             margins.update(zip(chosen, zip(of_pi.tolist(), of_ref.tolist(), strict=True), strict=True))
         margins = gathered_by_index(margins)

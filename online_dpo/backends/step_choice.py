@@ -22,6 +22,8 @@ def stepping_of(model: PolicyModel, job: TrainJob, tolerance: float) -> tuple[St
     `tolerance`: nats a token by which the engine's log-probs may differ from the learner's and still serve.
     Raises `TrainingError` where there is nothing to train on, or what there is does not fit the loss.
     """
+    # Packed attention has no dropout.
+    model.lay_out(plain=job.dpo.faults.dropout)
     if job.rloo is not None:
         return _groups(model, job, job.rloo, tolerance)
     if job.answers:
