@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import online_dpo
-from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
+from online_dpo.commands.common import Debug, Quiet, errors_in_one_line, reading, tell_own_code
 from online_dpo.commands.compare import compare
 from online_dpo.commands.export import export
 from online_dpo.commands.fork import fork
@@ -63,6 +63,7 @@ def run(
         spec = load_experiment(experiment, sets, seeds)
         from online_dpo.runs import open_or_create, resolve
 
+        tell_own_code(spec, experiment.parent)
         resolved = resolve(spec, experiment.parent)
         store = open_or_create(resolved)
         go(store, resolved.model, quiet, resolved.datasets)
@@ -74,7 +75,8 @@ def resume(folder: RunFolder, quiet: Quiet = False, debug: Debug = False) -> Non
     with errors_in_one_line(debug):
         from online_dpo.runs import reopen
 
-        store, model = reopen(folder)
+        with reading(folder):
+            store, model = reopen(folder, tell_own_code)
         go(store, model, quiet)
 
 
@@ -85,7 +87,7 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         spec = load_experiment(experiment, sets, seeds)
         from online_dpo.backends.factory import choose_engine
         from online_dpo.confounding import confounded
-        from online_dpo.display import make_console
+        from online_dpo.display import clean, make_console
         from online_dpo.judging import judge_digest
         from online_dpo.plan import differences, plan_arms
         from online_dpo.plan_display import plan_tables, warning_lines
@@ -93,6 +95,7 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         from online_dpo.sft_stage import describe_sft
         from online_dpo.sources.datasets import describe_datasets, with_own_prompts
 
+        tell_own_code(spec, experiment.parent)
         resolved = resolve(spec, experiment.parent)
         console = make_console()
         lines = [
@@ -104,7 +107,7 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
             choose_engine(spec, resolved.model.path)[1],
             f"run folder: {resolved.root}",
         ]
-        console.print("\n".join(lines), markup=False, soft_wrap=True)
+        console.print("\n".join(map(clean, lines)), markup=False, soft_wrap=True)
         console.print(plan_tables(plan_arms(resolved), differences(spec), len(spec.seeds)))
         own_prompts = with_own_prompts(spec, resolved.datasets, resolved.prompts.train)
         if warnings := confounded(spec, lambda judge: judge_digest(judge, [resolved.folder]), own_prompts):
@@ -118,8 +121,9 @@ def show(folder: RunFolder, debug: Debug = False) -> None:
         from online_dpo.display import make_console
         from online_dpo.store import RunStore
 
-        store = RunStore.open(folder)
-        print_tables(store, store.experiment, make_console())
+        with reading(folder):
+            store = RunStore.open(folder)
+            print_tables(store, store.experiment, make_console())
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.dpo_spec import DPOSpec as DPOSpec  # noqa: PLC0414 - a section of the experiment like the others
 from online_dpo.errors import ConfigError, nearest
+from online_dpo.keys import literal_key
 from online_dpo.source_spec import DatasetSpec, Source, SourceSpec, parts_of, source_kind
 from online_dpo.spec import DOTTED, Fraction, Positive, Spec
 
@@ -554,12 +555,23 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
 
 def validate_experiment(data: dict[str, Any], where: str) -> Experiment:
     """`data` as an `Experiment`; `ConfigError` names the file, the key and the nearest right one."""
+    refuse_literal_keys(data, where)
     try:
         return Experiment.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: {describe(error, Experiment)}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def refuse_literal_keys(data: Any, where: str) -> None:
+    """Raise `ConfigError`, without saying it, where a key to a service stands in `data` in plain text."""
+    place = literal_key(data)
+    if place is not None:
+        raise ConfigError(
+            f"{where}: {place} looks like a key in plain text. Experiments are copied into run folders and reports: "
+            "put it into an environment variable and name that one (judges that ask a language model: api_key_env)"
+        )
 
 
 def load_experiment(path: Path, overrides: list[str] | None = None, seeds: list[int] | None = None) -> Experiment:

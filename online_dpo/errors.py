@@ -20,6 +20,8 @@ from collections.abc import Iterable
 
 
 class OnlineDPOError(Exception):
+from online_dpo.keys import without_keys
+
     """Base of all errors that the command line prints as one line (no traceback)."""
 
     exit_code = 1
@@ -74,7 +76,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """An exception as "Type: message" on one line of at most `limit` characters."""
-    message = " ".join(str(error).split())
+    """An exception as "Type: message" on one line of at most `limit` characters, without keys that it repeats."""
+    message = " ".join(without_keys(str(error)).split())
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

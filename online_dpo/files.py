@@ -9,6 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+MOST_JSON = 2**28
+"""Bytes of a JSON file that are read: a record of a round has some thousands, with a long curve some millions."""
+
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` to `path` by way of a file beside it: a reader sees the old one or the new one."""
@@ -18,12 +21,28 @@ def write_json(path: Path, data: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` the same way."""
     aside = path.with_name(f".{path.name}.tmp")
+    aside.unlink(missing_ok=True)  # left by a killed process; or a link, which would be written through
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file at `path` holds; `OSError`, or `ValueError` for what `write_json` cannot have written."""
+    size = path.stat().st_size
+    if size > MOST_JSON:
+        raise ValueError(f"{size} bytes are more than online-dpo writes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def sync_folder(path: Path) -> None:

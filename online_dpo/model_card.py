@@ -9,7 +9,8 @@ import yaml
 import online_dpo
 from online_dpo.arms import Arm
 from online_dpo.config import Experiment
-from online_dpo.display import clean, interval
+from online_dpo.display import interval
+from online_dpo.display.markdown import cell
 from online_dpo.policies import read_policy
 from online_dpo.rounds import Pinned
 from online_dpo.store import RunStore
@@ -35,9 +36,9 @@ def write_model_card(arm: Arm, index: int, pinned: Pinned, pairs: int, folder: P
         "KL of what it began with to the initial model": _divergence(arm, index - 1),
         "digest of these files": read_policy(folder, verify=False).digest,
     }
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value)
+    table = "\n".join(f"| {name} | {cell(value)} |" for name, value in rows.items() if value)
     text = (
-        f"{_front_matter(base, adapter)}# {clean(arm.name)}, seed {arm.seed}, round {index}\n\n"
+        f"{_front_matter(base, adapter)}# {cell(arm.name)}, seed {arm.seed}, round {index}\n\n"
         f"A policy that online-dpo {online_dpo.__version__} trained; what was measured of it stands in metrics.json of "
         f"its round.\n\n| | |\n| --- | --- |\n{table}\n\n{_loading(adapter)}"
     )
@@ -73,10 +74,6 @@ def _divergence(arm: Arm, index: int) -> str:
         return ""
     measured = arm.folder(index).metrics["held_out"].get("kl_initial")
     return "" if measured is None else f"{interval(measured)} nats a sequence"
-
-
-def _cell(value: str) -> str:
-    return clean(value).replace("|", "\\|")
 
 
 def _loading(adapter: bool) -> str:

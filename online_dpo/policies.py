@@ -40,8 +40,12 @@ def read_policy(path: Path, *, verify: bool = True) -> Policy:
             adapter=record["adapter"],
             probe=None if probe is None else Probe(tuple(probe["token_ids"]), tuple(probe["logprobs"])),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{file} is missing or damaged: {error}") from error
+    if not any(path.glob("*.safetensors")):
+        raise RunFolderError(
+            f"{path} holds no *.safetensors weights; others, such as .bin, are not read: pickles run code"
+        )
     if verify and digest_folder(path) != policy.digest:
         raise RunFolderError(f"the policy in {path} is damaged: its files no longer have the recorded digest")
     return policy

@@ -143,7 +143,7 @@ def _encode_chat(messages: Sequence[Message], tokenizer: Any, where: str) -> tup
     try:
         # The template writes the begin token itself; apply_chat_template adds no other.
         token_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         raise DataError(f"{where}: the model's chat template refuses it: {one_line(error)}") from error
     return tuple(int(token) for token in token_ids)
 

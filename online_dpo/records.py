@@ -85,10 +85,15 @@ def read_rows(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     """The rows of `path`; `RunFolderError` when the file is missing, damaged, or of other columns."""
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise RunFolderError(f"{path} is missing or damaged: {one_line(error)}") from error
     if table.schema.names != schema.names:
         raise RunFolderError(f"{path} has columns {table.schema.names}, expected {schema.names}")
+    if table.schema.types != schema.types:
+        name = next(field.name for field in schema if table.schema.field(field.name).type != field.type)
+        raise RunFolderError(
+            f"{path}: column '{name}' holds {table.schema.field(name).type}, not {schema.field(name).type}"
+        )
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 

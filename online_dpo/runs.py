@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +29,8 @@ from online_dpo.human_pairs import (
     read_given_pairs,
     write_given_pairs,
 )
-from online_dpo.judging import VerdictCache
+from online_dpo.judging import VerdictCache, read_spent
+from online_dpo.links import refuse_links
 from online_dpo.live_model import EngineModel
 from online_dpo.loop import run_experiment
 from online_dpo.models import ResolvedModel, context_length, end_token_ids, load_tokenizer, resolve_model
@@ -175,6 +176,7 @@ def open_or_create(resolved: Resolved) -> RunStore:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"the run folder {root} cannot be made: {error}") from error
+        refuse_links(root)
         write_prompts(
             root / "prompts.parquet", {"train": resolved.prompts.train, "held_out": resolved.prompts.held_out}
         )
@@ -200,14 +202,17 @@ def open_or_create(resolved: Resolved) -> RunStore:
     return store
 
 
-def reopen(root: Path) -> tuple[RunStore, ResolvedModel]:
+def reopen(root: Path, tell: Callable[[Experiment, Path], None] | None = None) -> tuple[RunStore, ResolvedModel]:
     """The run in folder `root` and its model, for resuming; its prompts are in the folder itself.
 
+    `tell` is called with the experiment and the folder of its YAML before any of its judges is imported.
     Raises `RunFolderError` when there is no run, or its model or a judge is another one now.
     """
     store = RunStore.open(root)
     experiment = store.experiment
     folder = Path(store.manifest["folder"])
+    if tell is not None:
+        tell(experiment, folder)
     model = resolve_model(
         experiment.model,
         revision=experiment.revision,
@@ -364,10 +369,7 @@ def open_cache(store: RunStore) -> VerdictCache:
 
 def spent_by_judges(store: RunStore) -> dict[str, float]:
     """What the ledgers of all judges come to, over all processes that worked on the run (or shared its cache)."""
-    if not _cache_file(store).exists():
-        return {}
-    with open_cache(store) as cache:
-        return cache.spent()
+    return read_spent(_cache_file(store))
 
 
 def _cache_file(store: RunStore) -> Path:

@@ -5,21 +5,20 @@ Any file may be missing, half laid out or of this very moment: what cannot be re
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from online_dpo.config import Experiment, validate_experiment
+from online_dpo.config import Experiment, read_yaml, validate_experiment
 from online_dpo.display.progress_file import NAME
 from online_dpo.errors import ConfigError, RunFolderError
+from online_dpo.files import read_json
+from online_dpo.judging.cache import read_spent
+from online_dpo.links import refuse_links
+from online_dpo.metrics_check import checked_metrics
 
 RoundState = Literal["done", "running", "waiting"]
 
@@ -73,6 +72,7 @@ def read_snapshot(root: Path) -> Snapshot:
     """The run in folder `root` as it is now; `RunFolderError` when there is no such folder."""
     if not root.is_dir():
         raise RunFolderError(f"no run folder at {root}")
+    refuse_links(root)
     experiment = _experiment(root)
     progress = _read(root / NAME) or {}
     working = _alive(progress)
@@ -84,18 +84,18 @@ def read_snapshot(root: Path) -> Snapshot:
         stage=None if stage is None else _stage(stage, progress["time"]),
         said=str(progress.get("said", "")) if working else "",
         changed=max(_times(root)),
-        spent={} if experiment is None else _spent(Path(experiment.judge_cache or root / "verdicts.sqlite")),
+        spent={} if experiment is None else read_spent(Path(experiment.judge_cache or root / "verdicts.sqlite")),
     )
 
 
 def _experiment(root: Path) -> Experiment | None:
     """The resolved experiment; None while it is not there yet."""
     file = root / "experiment.yaml"
-    try:
-        return validate_experiment(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
+    try:
+        return validate_experiment(read_yaml(file), str(file))
+    except ConfigError as error:
         raise RunFolderError(f"{file} cannot be read by this version: {error}") from error
 
 
@@ -107,6 +107,7 @@ def _rounds(root: Path, experiment: Experiment, stage: dict[str, Any] | None) ->
                 folder = root / "arms" / arm / f"seed_{seed}" / f"round_{index:02d}"
                 metrics = _read(folder / "metrics.json")
                 if metrics is not None:
+                    metrics = checked_metrics(metrics, folder / "metrics.json")
                     yield WatchedRound(arm, seed, index, "done", metrics=metrics)
                     continue
                 before = f"{arm} · seed {seed} · round {index} "
@@ -157,21 +158,6 @@ def _alive(progress: dict[str, Any]) -> bool:
     return True
 
 
-def _spent(cache: Path) -> dict[str, float]:
-    """The ledgers' totals, by a connection that cannot write."""
-    if not cache.is_file():
-        return {}
-    # Even a reader would lay out the log of what is not in the file yet, where no writer has.
-    alone = not cache.with_name(f"{cache.name}-wal").exists()
-    address = f"{cache.resolve().as_uri()}?mode=ro{'&immutable=1' if alone else ''}"
-    try:
-        with closing(sqlite3.connect(address, uri=True)) as connection:
-            return dict(connection.execute("SELECT item, SUM(amount) FROM ledger GROUP BY item"))
-    except sqlite3.Error:
-        # No table yet, or a write of another process at this very moment: the next look will tell.
-        return {}
-
-
 def _times(root: Path) -> Iterator[float]:
     """When the run's files last changed, as far down as stages are written."""
     for pattern in ("*", "arms/*/seed_*/round_*", "arms/*/seed_*/round_*/*", "arms/*/seed_*/round_*/.*"):
@@ -189,7 +175,7 @@ def _changed(path: Path) -> float:
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON mapping; None where there is none (yet)."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None

@@ -12,6 +12,7 @@ from rich.text import Text
 from online_dpo.audit.auditing import Audit
 from online_dpo.audit.calibration import Calibration
 from online_dpo.display import ABSENT, clean, number
+from online_dpo.display.markdown import cell as as_cell
 from online_dpo.measure import Interval
 
 Line = tuple[str, str, int | None, str]
@@ -70,7 +71,7 @@ def markdown_header() -> str:
 
 def markdown_row(audit: Audit) -> str:
     """The audit as one row. Shares in per cent with their intervals; a dash for what does not exist."""
-    return f"| {' | '.join(clean(cell(audit)).replace('|', chr(92) + '|') for _, cell in _COLUMNS)} |"
+    return f"| {' | '.join(as_cell(read(audit)) for _, read in _COLUMNS)} |"
 
 
 # --- the lines ---

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from online_dpo.commands.common import Debug, errors_in_one_line
+from online_dpo.commands.common import Debug, errors_in_one_line, reading
 from online_dpo.errors import ConfigError
 
 
@@ -25,11 +25,12 @@ def compare(
         from online_dpo.compare import compare as compare_outcomes
         from online_dpo.compare import open_runs, read_runs
         from online_dpo.compare.display import comparison_tables
-        from online_dpo.display import make_console
+        from online_dpo.display import clean, make_console
         from online_dpo.files import write_json
 
-        stores, chosen = open_runs(folders, select)
-        found = compare_outcomes(read_runs(stores), chosen)
+        with reading(*folders):
+            stores, chosen = open_runs(folders, select)
+            found = compare_outcomes(read_runs(stores), chosen)
         console = make_console()
         console.print(comparison_tables(found))
         if json is not None:
@@ -37,4 +38,4 @@ def compare(
                 write_json(json, found.as_dict())
             except OSError as error:
                 raise ConfigError(f"cannot write {json}: {error}") from error
-            console.print(f"comparison: {json}", markup=False, soft_wrap=True)
+            console.print(clean(f"comparison: {json}"), markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from online_dpo.commands.common import Debug, errors_in_one_line
+from online_dpo.commands.common import Debug, errors_in_one_line, reading
 
 if TYPE_CHECKING:
     from online_dpo.export import Selection
@@ -26,24 +26,29 @@ def export(
     arm: Annotated[str | None, typer.Option("--arm", help="this arm alone")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="this seed alone")] = None,
     rounds: Annotated[str | None, typer.Option("--rounds", metavar="1-3", help="these rounds alone")] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the tokenizer's own code, whatever the run says")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a run's pairs, or all of its stages, for `datasets` and TRL."""
     with errors_in_one_line(debug):
-        from online_dpo.display import make_console
+        from online_dpo.display import clean, make_console
         from online_dpo.export import Selection, export_stages, parse_rounds
         from online_dpo.store import RunStore
 
-        store = RunStore.open(folder)
-        selection = Selection(arm, seed, None if rounds is None else parse_rounds(rounds))
-        if form == "parquet":
-            said = f"{export_stages(store, selection, out)} files"
-        else:
-            said = f"{_pairs(store, selection, out, form == 'jsonl')} pairs"
-        make_console().print(f"{said} in {out}", markup=False, soft_wrap=True)
+        with reading(folder):
+            store = RunStore.open(folder)
+            selection = Selection(arm, seed, None if rounds is None else parse_rounds(rounds))
+            if form == "parquet":
+                said = f"{export_stages(store, selection, out)} files"
+            else:
+                said = f"{_pairs(store, selection, out, form == 'jsonl', trust)} pairs"
+        make_console().print(clean(f"{said} in {out}"), markup=False, soft_wrap=True)
 
 
-def _pairs(store: RunStore, selection: Selection, out: Path, jsonl: bool) -> int:
+def _pairs(store: RunStore, selection: Selection, out: Path, jsonl: bool, trust: bool) -> int:
+    """`trust`: the user's word of now; a run folder that was received may say what it likes."""
     from online_dpo.export.trl import decoding, export_trl
     from online_dpo.models import load_tokenizer, resolve_model
 
@@ -52,7 +57,7 @@ def _pairs(store: RunStore, selection: Selection, out: Path, jsonl: bool) -> int
         experiment.model,
         revision=experiment.revision,
         folders=[Path(store.manifest["folder"])],
-        trust_remote_code=experiment.trust_remote_code,
+        trust_remote_code=trust,
     )
-    tokenizer = load_tokenizer(model.path, experiment.trust_remote_code)
+    tokenizer = load_tokenizer(model.path, trust)
     return export_trl(store, selection, out, decoding(tokenizer), "jsonl" if jsonl else "parquet")

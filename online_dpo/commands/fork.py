@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
+from online_dpo.commands.common import Debug, Quiet, errors_in_one_line, reading, tell_own_code
 from online_dpo.commands.going import go
 
 
@@ -30,6 +30,9 @@ def fork(
         from online_dpo.runs import fork_run, reopen
         from online_dpo.store import RunStore
 
-        root = fork_run(plan_fork(RunStore.open(folder), arm, index, sets or [], seed, name))
+        with reading(folder):
+            planned = plan_fork(RunStore.open(folder), arm, index, sets or [], seed, name)
+            tell_own_code(planned.experiment, Path(planned.store.manifest["folder"]))
+            root = fork_run(planned)
         store, model = reopen(root)
         go(store, model, quiet)

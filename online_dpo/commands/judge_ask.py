@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from online_dpo.commands.common import Debug, errors_in_one_line
+from online_dpo.commands.common import Debug, errors_in_one_line, reading
 from online_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ def judge_ask(
 
         person = name if name is not None else _login_name()
         console = make_console()
-        store = RunStore.open(folder)
-        questions, alike = gather(store, Choice(stage, arm, seed, index, against), person)
+        with reading(folder):
+            store = RunStore.open(folder)
+            questions, alike = gather(store, Choice(stage, arm, seed, index, against), person)
         with open_answers(store.root, person) as file:
             sitting = Sitting(take_sample(questions, sample), file)
             if alike:

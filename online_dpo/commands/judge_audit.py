@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
-from online_dpo.config import JudgeSpec, apply_override, describe, read_yaml
+from online_dpo.config import JudgeSpec, apply_override, describe, read_yaml, refuse_literal_keys
 from online_dpo.errors import ConfigError, JudgeError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def _spec(text: str, sets: Sequence[str]) -> Opened:
         folders = [file.resolve().parent, *folders]
     for assignment in sets:
         apply_override(data, assignment)
+    refuse_literal_keys(data, f"judge {text}")
     try:
         return JudgeSpec.model_validate(data), folders
     except ValidationError as error:
@@ -163,4 +164,4 @@ def _print(
         if lost:
             console.print(clean(f"rows left out of {pairs.source}: {lost}"), markup=False, soft_wrap=True)
         if folder is not None:
-            console.print(f"audit: {folder / 'audit.json'}, audit.png, audit.svg", markup=False, soft_wrap=True)
+            console.print(clean(f"audit: {folder / 'audit.json'}, audit.png, audit.svg"), markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from online_dpo.commands.common import Debug, errors_in_one_line
+from online_dpo.commands.common import Debug, errors_in_one_line, reading
 
 
 def report(
@@ -29,7 +29,8 @@ def report(
         from online_dpo.display import clean, make_console
         from online_dpo.report.reporting import report_runs
 
-        verdict, files = report_runs(folders, out or folders[0] / "report", select, answers)
+        with reading(*folders):
+            verdict, files = report_runs(folders, out or folders[0] / "report", select, answers)
         console = make_console()
         for line in (verdict, f"report: {', '.join(map(str, files))}"):
             console.print(clean(line), markup=False, soft_wrap=True)

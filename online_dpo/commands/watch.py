@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from online_dpo.commands.common import Debug, errors_in_one_line
+from online_dpo.commands.common import Debug, errors_in_one_line, reading
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,18 +28,19 @@ def watch(
         from online_dpo.watching import read_snapshot
 
         console = make_console()
-        if not console.is_terminal:
-            console.print(watched(read_snapshot(folder), time.time()))
-            return
         # Ctrl-C is how one leaves.
-        with suppress(KeyboardInterrupt):
-            _live(folder, console)
+        with reading(folder), suppress(KeyboardInterrupt):
+            if console.is_terminal:
+                _live(folder, console)
+            else:
+                console.print(watched(read_snapshot(folder), time.time()))
 
 
 def _live(folder: Path, console: Console) -> None:
     """Until the run is finished, or its process has gone."""
     from rich.live import Live
 
+    from online_dpo.display import clean
     from online_dpo.display.watched import watched
     from online_dpo.watching import read_snapshot
 
@@ -53,4 +54,5 @@ def _live(folder: Path, console: Console) -> None:
             seen_working = run.working
             time.sleep(REFRESH_SECONDS)
     if not run.finished:
-        console.print(f"its process has ended; go on with: online-dpo resume {folder}", markup=False, soft_wrap=True)
+        line = f"its process has ended; go on with: online-dpo resume {folder}"
+        console.print(clean(line), markup=False, soft_wrap=True)

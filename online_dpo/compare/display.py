@@ -74,7 +74,7 @@ def _win_matrix(found: Comparison) -> Iterator[Table]:
         )
         table.add_column("arm", overflow="fold", max_width=14)
         for label in across:
-            table.add_column(clean(label), justify="right", overflow="fold", max_width=16)
+            table.add_column(Text(clean(label)), justify="right", overflow="fold", max_width=16)
         for row in labels:
             cells = [_bare_percent(found.win_matrix[row].get(column)) for column in across]
             table.add_row(Text(clean(row)), *(Text(cell) for cell in cells))

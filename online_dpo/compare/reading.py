@@ -82,7 +82,7 @@ def read_round(experiment: Experiment, folder: RoundFolder, arm: str, seed: int,
 def _table(path: Path) -> pa.Table:
     try:
         return pq.read_table(path, columns=list(COLUMNS))
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise RunFolderError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 

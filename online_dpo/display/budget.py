@@ -62,7 +62,7 @@ def _objectives(metrics: Rows) -> str | None:
             arms[loss].append(row["arm"])
     if len(arms) < 2:
         return next((f"loss: {clean(loss)}" for loss in arms), None)
-    return "\n".join(f"loss of {', '.join(names)}: {clean(loss)}" for loss, names in arms.items())
+    return "\n".join(clean(f"loss of {', '.join(names)}: {loss}") for loss, names in arms.items())
 
 
 def _total(rows: Iterable[Mapping[str, Any]], *paths: tuple[str, str]) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 import online_dpo
-from online_dpo.display import clean
+from online_dpo.display.markdown import cell
 from online_dpo.export.selection import ChosenRound
 from online_dpo.model_card import base_name
 from online_dpo.store import RunStore
@@ -29,7 +29,7 @@ def write_pairs_card(store: RunStore, rounds: Iterable[ChosenRound], file: Path,
     )
     form = "chat messages (prompt, chosen and rejected are lists of turns)" if chat else "plain text"
     text += (
-        f"# Preference pairs of {clean(experiment.name)}\n\n"
+        f"# Preference pairs of {cell(experiment.name)}\n\n"
         f"{pairs} pairs in `{file.name}`: {form}, with an explicit prompt, as TRL's `DPOTrainer` takes them.\n\n"
         "```python\n"
         "from datasets import load_dataset\n"
@@ -58,7 +58,7 @@ def write_stages_card(store: RunStore, out: Path, files: Sequence[Path]) -> None
         }
     )
     text += (
-        f"# Stages of {clean(store.experiment.name)}\n\n"
+        f"# Stages of {cell(store.experiment.name)}\n\n"
         f"{len(files)} parquet files, laid out as in the run folder: prompts.parquet with all prompts, and of every "
         "round what its stages wrote.\n\n"
         "```python\n"
@@ -77,11 +77,11 @@ def _arm_line(arm: str, rounds: Sequence[ChosenRound], judge: str) -> str:
     seeds = ", ".join(map(str, sorted({one.seed for one in rounds})))
     indices = [one.folder.index for one in rounds if one.folder.index]
     span = f"{min(indices)} to {max(indices)}" if indices else "none"
-    return f"- arm {clean(arm)}: seed {seeds}, rounds {span}, judge `{clean(judge)}`\n"
+    return f"- arm {cell(arm)}: seed {seeds}, rounds {span}, judge `{judge}`\n"
 
 
 def _origin(store: RunStore) -> str:
     return (
-        f"\nMade by online-dpo {online_dpo.__version__}; the policies began as {clean(base_name(store))} "
-        f"(digest {store.manifest['model']['digest'][:12]}).\n"
+        f"\nMade by online-dpo {online_dpo.__version__}; the policies began as {cell(base_name(store))} "
+        f"(digest {cell(store.manifest['model']['digest'])[:12]}).\n"
     )

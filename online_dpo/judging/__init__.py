@@ -6,7 +6,7 @@ A judge of a user's own imports from here alone: `PointwiseJudge` or `PairwiseJu
 from online_dpo.judging.against import judge_against
 from online_dpo.judging.answers import Answer
 from online_dpo.judging.asked import AskedJudge, Asking
-from online_dpo.judging.cache import VerdictCache
+from online_dpo.judging.cache import VerdictCache, read_spent
 from online_dpo.judging.compared import Compared
 from online_dpo.judging.digests import judge_digest
 from online_dpo.judging.importing import import_object
@@ -58,3 +58,4 @@ __all__ = [
     "mean_details",
     "open_judge",
 ]
+    "read_spent",

@@ -12,6 +12,7 @@ import json
 import sqlite3
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,22 @@ class VerdictCache:
             return self.connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise RunFolderError(f"the verdict cache {self.path} cannot be read: {one_line(error)}") from error
+
+
+def read_spent(path: Path) -> dict[str, float]:
+    """The ledger's totals in the cache at `path`, by a connection that cannot write; empty where there is none yet."""
+    if not path.is_file():
+        return {}
+    # Even a reader would lay out the log of what is not in the file yet, where no writer has.
+    alone = not path.with_name(f"{path.name}-wal").exists()
+    address = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if alone else ''}"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as connection:
+            rows = connection.execute("SELECT item, SUM(amount) FROM ledger GROUP BY item").fetchall()
+    except sqlite3.Error:
+        # No table yet, or a write of another process at this very moment: the next look will tell.
+        return {}
+    return {str(item): float(amount) for item, amount in rows if isinstance(amount, int | float)}
 
 
 def _passing(answer: Answer) -> bool:

@@ -115,7 +115,7 @@ def _answers(path: Path, places: Mapping[str, int]) -> dict[str, list[Any]]:
 def _read(path: Path) -> pa.Table:
     try:
         return pq.read_table(path, columns=list(_COLUMNS))
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise RunFolderError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 

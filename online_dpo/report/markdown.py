@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 
+from online_dpo.display.markdown import escaped as escape
 from online_dpo.report.build import ANSWERS
 from online_dpo.report.document import Listing, Report, Section, Table
-
-_MEANT = re.compile(r"([\\`*_\[\]<>|~#&!])")
-"""What Markdown would take for markup in a name or a sentence."""
 
 
 def as_markdown(report: Report, figures: str) -> str:
@@ -18,11 +16,6 @@ def as_markdown(report: Report, figures: str) -> str:
         if section.name != ANSWERS:
             parts += _section(section, figures)
     return "\n\n".join(parts) + "\n"
-
-
-def escape(text: str) -> str:
-    """`text` on one line, as it is read: nothing in it is markup."""
-    return _MEANT.sub(r"\\\1", " ".join(text.split()))
 
 
 def _section(section: Section, figures: str) -> list[str]:
