@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,6 +234,27 @@ def test_the_verdict_is_by_gold_where_there_is_a_gold_judge() -> None:
     assert [one.verdict for one in found.differences[:2]] == ["better", "worse"]
     assert found.measure == "gold"
     assert found.verdict.startswith("a is worse than b by")
+
+
+def test_who_wins_is_by_gold_where_there_is_a_gold_judge() -> None:
+    """Arm a gains reward on every prompt and loses gold on every one: by reward it wins all, by gold none."""
+    up, down = np.full(8, 1.0), np.full(8, -1.0)
+    outcomes = [
+        outcome("a", 0, 0, np.zeros(8), gold=np.zeros(8)),
+        outcome("a", 0, 1, up, gold=down),
+        outcome("b", 0, 0, np.zeros(8), gold=np.zeros(8)),
+        outcome("b", 0, 1, np.zeros(8), gold=np.zeros(8)),
+    ]
+    by_gold = compare(outcomes)
+    by_reward = compare([replace(one, gold=None) for one in outcomes])
+    for found, won, first in ((by_gold, 0.0, "b"), (by_reward, 1.0, "a")):
+        assert [one.interval.mean for one in found.differences if one.measure == "win_rate"] == [won]
+        assert found.win_matrix["a"]["b"].mean == won and found.win_matrix["b"]["a"].mean == 1 - won
+        (point,) = [point for point in found.curves if (point.arm, point.round) == ("a", 1)]
+        assert point.win_rate.mean == won and point.previous_win_rate is not None
+        assert point.previous_win_rate.mean == won
+        order = [one.arm for one in found.league]
+        assert order.index(first) < order.index("b" if first == "a" else "a")
 
 
 def test_chosen_rounds_are_judged_on_the_other_half() -> None:

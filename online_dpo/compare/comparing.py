@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from online_dpo.compare.comparison import Comparison, Difference, Measure
+from online_dpo.compare.comparison import Comparison, Difference
 from online_dpo.compare.curves import curves
 from online_dpo.compare.differences import Field, differences, make_field, win_matrix
 from online_dpo.compare.grid import Grid, make_grid
@@ -44,7 +44,6 @@ def compare(outcomes: Sequence[Outcomes], select: Select = "last") -> Comparison
     Raises `RunFolderError` when no arm has a round after 0, and `ConfigError` for `best_gold` without a gold judge.
     """
     grid, field, found = _decide(outcomes, select)
-    measure = _measure(grid)
     return Comparison(
         selected=field.selected,
         differences=found,
@@ -52,9 +51,9 @@ def compare(outcomes: Sequence[Outcomes], select: Select = "last") -> Comparison
         curves=curves(grid),
         over_optimised=over_optimised(grid),
         league=league(grid),
-        verdict=verdict_sentence(found, measure),
+        verdict=verdict_sentence(found, grid.deciding),
         warnings=tuple(_warnings(grid, field, found, select)),
-        measure=measure,
+        measure=grid.deciding,
         select=select,
         prompts=int(field.judged.size),
     )
@@ -69,7 +68,7 @@ def closing_lines(store: RunStore) -> list[str]:
     select = store.experiment.select
     grid, field, found = _decide(outcomes, select)
     notes = [f"note: {warning}" for warning in _warnings(grid, field, found, select)]
-    return [f"verdict: {verdict_sentence(found, _measure(grid))}", *notes, "more: online-dpo compare RUN"]
+    return [f"verdict: {verdict_sentence(found, grid.deciding)}", *notes, "more: online-dpo compare RUN"]
 
 
 def _decide(outcomes: Sequence[Outcomes], select: Select) -> tuple[Grid, Field, tuple[Difference, ...]]:
@@ -78,10 +77,6 @@ def _decide(outcomes: Sequence[Outcomes], select: Select) -> tuple[Grid, Field, 
         raise ConfigError("select: best_gold needs a gold judge (evaluation.gold) in every run")
     field = make_field(grid, select)
     return grid, field, differences(field)
-
-
-def _measure(grid: Grid) -> Measure:
-    return "gold" if grid.has_gold else "reward"
 
 
 def _warnings(grid: Grid, field: Field, found: Sequence[Difference], select: Select) -> list[str]:

@@ -68,7 +68,7 @@ def differences(field: Field) -> tuple[Difference, ...]:
 
 
 def win_matrix(field: Field) -> dict[str, dict[str, Interval]]:
-    """The share of prompts on which the policy of the row beats that of the column, ties half, by reward."""
+    """The share of prompts on which the policy of the row beats that of the column, ties half."""
     labels = [*field.grid.arms, INITIAL]
     found: dict[str, dict[str, Interval]] = {label: {} for label in labels}
     for a, b in combinations(labels, 2):
@@ -81,8 +81,8 @@ def win_matrix(field: Field) -> dict[str, dict[str, Interval]]:
 def estimate(field: Field, measure: Measure, a: str, b: str) -> tuple[Estimate, int]:
     """`a` against `b` by `measure`, and how many prompts are left out: a judge abstained on one of their answers."""
     sides = (field.policies(a, b), field.policies(b, a))
-    wanted: tuple[Column, Column] = ("gold" if measure == "gold" else "reward", "tokens")
-    columns = [cells(side, column)[field.judged] for column in wanted for side in sides]
+    scores: Column = measure if measure in ("reward", "gold") else field.grid.deciding
+    columns = [cells(side, column)[field.judged] for column in (scores, "tokens") for side in sides]
     (of_a, of_b, long_a, long_b), lost = complete(*columns)
     if measure in ("reward", "gold"):
         return mean_difference(of_a - of_b), lost

@@ -70,7 +70,8 @@ def _win_matrix(found: Comparison) -> Iterator[Table]:
     for start in range(0, len(labels), ACROSS):
         across = labels[start : start + ACROSS]
         table = _table(
-            "Win rate of the row against the column, in per cent", "by reward, ties half" if not start else ""
+            "Win rate of the row against the column, in per cent",
+            f"by {NAMES[found.measure]}, ties half" if not start else "",
         )
         table.add_column("arm", overflow="fold", max_width=14)
         for label in across:
@@ -88,7 +89,8 @@ def _bare_percent(one: Interval | None) -> str:
 def _curves(found: Comparison) -> Table:
     gold = any(point.gold is not None for point in found.curves)
     table = _table(
-        "Rounds, over all seeds", "win rate against the initial policy and against the round before, in per cent"
+        "Rounds, over all seeds",
+        f"win rate against the initial policy and the round before, in per cent, by {NAMES[found.measure]}",
     )
     table.add_column("arm", overflow="fold", max_width=14)
     table.add_column("round", justify="right")
@@ -114,7 +116,8 @@ def _curve_cells(point: CurvePoint, gold: bool) -> tuple[str, ...]:
 
 def _league(found: Comparison) -> Table:
     table = _table(
-        "League: strength in Elo points, the initial policy at 0", "each round against each other, by reward"
+        "League: strength in Elo points, the initial policy at 0",
+        f"each round against each other, by {NAMES[found.measure]}",
     )
     table.add_column("arm", overflow="fold", max_width=24)
     table.add_column("round", justify="right")

@@ -41,6 +41,11 @@ class Grid:
         every = [one for seeds in self.arms.values() for rounds in seeds for one in rounds.values()]
         return bool(every) and all(one.gold is not None for one in every)
 
+    @property
+    def deciding(self) -> Literal["reward", "gold"]:
+        """Whose scores say which of two answers wins: the gold judge's where there is one, for no arm trained on it."""
+        return "gold" if self.has_gold else "reward"
+
 
 def make_grid(outcomes: Sequence[Outcomes]) -> Grid:
     """Arrange `outcomes`, all on the same prompts in the same order.

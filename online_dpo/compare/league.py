@@ -46,8 +46,8 @@ class _Tally:
 def league(grid: Grid) -> tuple[Rating, ...]:
     """Bradley–Terry strengths (Biometrika 1952) of the initial policy and of all rounds that an arm has at all seeds.
 
-    Two answers to the same prompt by policies of the same seed are one comparison, by reward. Strengths are those of a
-    logistic regression without intercept (scikit-learn). Intervals: what each cell of prompt and seed adds to a
+    Two answers to the same prompt by policies of the same seed are one comparison, by the scores of the judge that
+    decides. Strengths are those of a logistic regression without intercept (scikit-learn). Intervals: what each cell of prompt and seed adds to a
     strength (one Newton step, the bootstrap's linear part), crossed as in `crossed.py`, and never less than independent
     comparisons would give, which holds where one won nearly everything. All are relative to the initial policy.
     """
@@ -67,11 +67,11 @@ def _tally(grid: Grid) -> _Tally:
     owners = [first if label == INITIAL else label for label, _ in names]
     scores = np.stack(
         [
-            cells([rounds[index] for rounds in grid.arms[owner]], "reward")
+            cells([rounds[index] for rounds in grid.arms[owner]], grid.deciding)
             for owner, (_, index) in zip(owners, names, strict=True)
         ]
     )
-    starts = np.stack([cells([rounds[0] for rounds in grid.arms[owner]], "reward") for owner in owners])
+    starts = np.stack([cells([rounds[0] for rounds in grid.arms[owner]], grid.deciding) for owner in owners])
     tally = _Tally(names, scores, starts, np.zeros((len(names),) * 2), np.zeros((len(names),) * 2))
     for player in range(1, len(names)):
         won = tally.against(player)

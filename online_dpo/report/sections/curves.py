@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from online_dpo.compare import CurvePoint
+from online_dpo.compare.sentences import NAMES
 from online_dpo.measure import Interval
 from online_dpo.report.charts import Line, line_chart
 from online_dpo.report.document import Cell, Plot, Section, Table, bounds, count, percent, words
@@ -25,7 +26,11 @@ def curves(subject: Subject) -> Section:
     found = (_chart(subject, *chart) for chart in charts)
     rows = tuple(_row(point) for points in subject.curves.values() for point in points)
     columns = ("arm", "round", "seeds", "reward", "gold reward", "wins", "KL", "tokens")
-    note = "brackets: 95 % intervals over prompts and, where there are several, seeds; wins: against the initial policy"
+    by = NAMES[subject.comparison.measure]
+    note = (
+        "brackets: 95 % intervals over prompts and, where there are several, seeds; wins: against the initial policy, "
+        f"by {by}"
+    )
     table = Table("curves", "All figures by round", columns, rows, note, folded=True)
     text = ("Bands: 95 % intervals over prompts and, where there are several, seeds.",)
     return Section("curves", "Curves by round", text, plots=tuple(plot for plot in found if plot), tables=(table,))

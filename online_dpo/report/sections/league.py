@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from online_dpo.compare.sentences import NAMES
 from online_dpo.report.charts import row_chart
 from online_dpo.report.document import Section, Table, bounds, count, words
 from online_dpo.report.subject import Subject
@@ -26,7 +27,7 @@ def league(subject: Subject) -> Section:
             (words(one.arm), count(place), count(one.round), bounds(one.strength, places=0, sign=True))
             for place, one in enumerate(ratings, 1)
         ),
-        "Bradley–Terry strengths from the held-out judge's scores of the same prompts; 95 % intervals",
+        f"Bradley–Terry strengths from who has the higher {NAMES[subject.comparison.measure]} on a prompt; 95 % intervals",
         folded=True,
     )
     text = ("A policy of 100 points more wins about 64 % of the prompts.",)

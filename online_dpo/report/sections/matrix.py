@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from online_dpo.compare.sentences import NAMES
 from online_dpo.report.charts import matrix_chart
 from online_dpo.report.document import Section, Table, percent, words
 from online_dpo.report.subject import Subject
@@ -17,6 +18,7 @@ def win_matrix(subject: Subject) -> Section:
     rows = tuple(
         (words(name), *(percent(share[name].get(other)) for other in names)) for name in names if name in share
     )
-    note = "share of prompts on which the row's answer scores higher, ties half; each arm at its selected round"
+    by = NAMES[subject.comparison.measure]
+    note = f"share of prompts on which the row's answer has the higher {by}, ties half; each arm at its selected round"
     table = Table("win_matrix", "Win rate of row against column", ("arm", *names), rows, note, folded=plot is not None)
     return Section("wins", "Win-rate matrix", plots=(plot,) if plot else (), tables=(table,) if rows else ())
