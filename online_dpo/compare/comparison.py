@@ -17,12 +17,12 @@ Measure = Literal["reward", "gold", "win_rate", "length_controlled"]
 class Difference:
     """Arm `a` against arm `b` at their selected rounds, by one measure.
 
-    `interval`: of a − b for `reward` and `gold` (judge's units), of the share of prompts on which a wins (ties half,
-    by gold reward where there is a gold judge) for `win_rate` and `length_controlled`. `p`: two-sided, of no
-    difference; `p_corrected`: Holm's, over all `family` differences of the same measure. The verdict is by `p_corrected`. `more_prompts`, `more_seeds`: about how
-    many more would decide it with a chance of 80 % if the difference is what it seems (None: decided, or no number of
-    these alone would, or there is one seed, which says nothing of others). `abstained`: prompts left out because a
-    judge abstained on one of their answers.
+    `interval`: of a − b for `reward` and `gold` (judge's units), of the share of prompts on which a wins (ties half, by
+    gold reward where there is a gold judge) for `win_rate` and `length_controlled`. `p`: two-sided, of no difference;
+    `p_corrected`: Holm's, over all `family` differences of the same measure. The verdict is by `p_corrected`.
+    `more_prompts`, `more_seeds`: about how many more would decide it with a chance of 80 % if the difference is what it
+    seems (None: decided, or no number of these alone would, or there is one seed, which says nothing of others).
+    `abstained`: prompts left out because a judge abstained on one of their answers.
     """
 
     measure: Measure
@@ -59,8 +59,9 @@ class CurvePoint:
     """One arm after one round, over all its seeds; None where there is no such figure.
 
     `kl`: KL(π‖π₀), nats a sequence. Wins are by gold reward where there is a gold judge. `win_rate`: against the policy
-    that the arm began with (½ at round 0, by definition), `previous_win_rate`: against the round before. Intervals are over prompts and, where there are several,
-    seeds; `seeds` counts those that have this round. All held-out prompts, also where rounds are chosen on some.
+    that the arm began with (½ at round 0, by definition), `previous_win_rate`: against the round before. Intervals are
+    over prompts and, where there are several, seeds; `seeds` counts those that have this round. All held-out prompts,
+    also where rounds are chosen on some.
     """
 
     arm: str

@@ -47,9 +47,10 @@ def league(grid: Grid) -> tuple[Rating, ...]:
     """Bradley–Terry strengths (Biometrika 1952) of the initial policy and of all rounds that an arm has at all seeds.
 
     Two answers to the same prompt by policies of the same seed are one comparison, by the scores of the judge that
-    decides. Strengths are those of a logistic regression without intercept (scikit-learn). Intervals: what each cell of prompt and seed adds to a
-    strength (one Newton step, the bootstrap's linear part), crossed as in `crossed.py`, and never less than independent
-    comparisons would give, which holds where one won nearly everything. All are relative to the initial policy.
+    decides. Strengths are those of a logistic regression without intercept (scikit-learn). Intervals: what each cell of
+    prompt and seed adds to a strength (one Newton step, the bootstrap's linear part), crossed as in `crossed.py`, and
+    never less than independent comparisons would give, which holds where one won nearly everything. All are relative to
+    the initial policy.
     """
     tally = _tally(grid)
     strengths = _fit(tally)

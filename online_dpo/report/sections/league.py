@@ -27,7 +27,7 @@ def league(subject: Subject) -> Section:
             (words(one.arm), count(place), count(one.round), bounds(one.strength, places=0, sign=True))
             for place, one in enumerate(ratings, 1)
         ),
-        f"Bradley–Terry strengths from who has the higher {NAMES[subject.comparison.measure]} on a prompt; 95 % intervals",
+        f"Bradley–Terry strengths, by the higher {NAMES[subject.comparison.measure]} on each prompt; 95 % intervals",
         folded=True,
     )
     text = ("A policy of 100 points more wins about 64 % of the prompts.",)
