@@ -10,7 +10,17 @@ from online_dpo.config import ArmSettings, ComparingSpec, Experiment, JudgeSpec
 from online_dpo.dataset_rows import DatasetRows
 from online_dpo.errors import JudgeError
 from online_dpo.files import digest_json
-from online_dpo.judging import AskedJudge, Asking, Judge, LiveModel, Place, VerdictCache, judge_digest, open_judge
+from online_dpo.judging import (
+    AskedJudge,
+    Asking,
+    Judge,
+    JudgeAhead,
+    LiveModel,
+    Place,
+    VerdictCache,
+    judge_digest,
+    open_judge,
+)
 from online_dpo.protocols import Engine, Learner, Progress
 from online_dpo.rounds import ArmPolicies
 from online_dpo.store import RoundFolder, RunStore
@@ -40,6 +50,8 @@ class Run:
     live_model: Callable[[], LiveModel] | None = None
     """The engine as something to talk to, for judges that ask the policy."""
     tracking: Tracking | None = None
+    judging_ahead: dict[Path, JudgeAhead] = field(default_factory=dict)
+    """By round folder: answers that are judged while others are sampled."""
     _judges: dict[str, AskedJudge] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
     _processes: dict[str, Judge] = field(default_factory=dict)
@@ -48,15 +60,19 @@ class Run:
         """The judge of `spec`, opened once a run."""
         key = digest_json([spec.model_dump(mode="json"), comparing.model_dump()])
         if key not in self._judges:
-            asking = Asking(
-                cache=self.cache,
-                comparing=comparing,
-                limit_s=self.experiment.judge_timeout,
-                budget=self.experiment.judge_budget.model_dump(exclude_none=True),
-            )
-            place = None if self.place_judge is None else self._placed
-            self._judges[key] = open_judge(spec, self.judge_folders, asking, place, self.judge_digest(spec))
+            self._judges[key] = self.open_judge(spec, comparing, self.cache)
         return self._judges[key]
+
+    def open_judge(self, spec: JudgeSpec, comparing: ComparingSpec, cache: VerdictCache | None) -> AskedJudge:
+        """The judge of `spec` with a cache of the caller's; one of its own, but for what is in a process of its own."""
+        asking = Asking(
+            cache=cache,
+            comparing=comparing,
+            limit_s=self.experiment.judge_timeout,
+            budget=self.experiment.judge_budget.model_dump(exclude_none=True),
+        )
+        place = None if self.place_judge is None else self._placed
+        return open_judge(spec, self.judge_folders, asking, place, self.judge_digest(spec))
 
     def _placed(self, spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
         """One process for each judge that wants its own, however many arms, panels and schedules ask it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from online_dpo import judge_ahead
 from online_dpo.arms import Arm
 from online_dpo.errors import JudgeError
 from online_dpo.files import digest_json, write_json
@@ -27,6 +28,7 @@ def judge_round(
 
     def produce(out: Path) -> dict[str, Any]:
         prompts = {prompt.id: prompt for prompt in pinned.prompts}
+        ahead = judge_ahead.finish(arm, folder)
         asked = _ready_judge(arm, pinned.source)
         arm.run.progress.start(f"{arm.label} · {folder.title} judge", len(candidates), "answers")
         verdicts = judge_all(
@@ -35,6 +37,7 @@ def judge_round(
             candidates,
             max_abstain=arm.settings.max_abstain,
             on_progress=arm.run.progress.advance,
+            known=ahead.said,
         )
         arm.run.progress.finish()
         write_verdicts(out / "verdicts.parquet", verdicts)
@@ -45,7 +48,7 @@ def judge_round(
             "abstained": abstained,
             "reasons": reasons,
             "details": mean_details(verdicts),
-            "ledger": asked.take_ledger(),
+            "ledger": ahead.with_ledger(asked.take_ledger()),
         }
 
     inputs = {
@@ -53,7 +56,10 @@ def judge_round(
         **_judge_inputs(arm, pinned.source),
         "max_abstain": str(arm.settings.max_abstain),
     }
-    return folder.stage("judge", inputs, ["verdicts.parquet"], produce)
+    try:
+        return folder.stage("judge", inputs, ["verdicts.parquet"], produce)
+    finally:
+        judge_ahead.forget(arm, folder)
 
 
 def audit_round(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from online_dpo import judge_ahead
 from online_dpo.arms import Arm
 from online_dpo.config import SamplingSpec
 from online_dpo.files import digest_json
@@ -29,7 +30,7 @@ def sample_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
             tuple(derive_seed(arm.seed, "sample", folder.index, prompt.id, i) for i in range(sampling.n))
             for prompt in pinned.prompts
         ]
-        candidates, figures = generate(arm, f"{folder.title} sample", pinned.prompts, seeds, sampling)
+        candidates, figures = _generate_judged(arm, folder, pinned.prompts, seeds)
         write_candidates(out / "candidates.parquet", candidates)
         return {**figures, "probe_gap": probe_gap}
 
@@ -43,10 +44,28 @@ def sample_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
     return folder.stage("sample", inputs, ["candidates.parquet"], produce)
 
 
-def generate(
-    arm: Arm, label: str, prompts: Sequence[Prompt], seeds: Sequence[tuple[int, ...]], sampling: SamplingSpec
+def _generate_judged(
+    arm: Arm, folder: RoundFolder, prompts: Sequence[Prompt], seeds: Sequence[tuple[int, ...]]
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    """Candidates in the prompts' order, and what the sampling took."""
+    """As `generate`; the judge, where it can, judges what has come while the rest is sampled."""
+    ahead = judge_ahead.begin(arm, folder, prompts)
+    taken = None if ahead is None else ahead.add
+    try:
+        return generate(arm, f"{folder.title} sample", prompts, seeds, arm.settings.sampling, taken)
+    except BaseException:
+        judge_ahead.forget(arm, folder)
+        raise
+
+
+def generate(
+    arm: Arm,
+    label: str,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[tuple[int, ...]],
+    sampling: SamplingSpec,
+    taken: Callable[[list[Candidate]], None] | None = None,
+) -> tuple[list[Candidate], dict[str, Any]]:
+    """Candidates in the prompts' order, and what the sampling took. `taken` gets each prompt's as they come."""
     progress = arm.run.progress
     requests = [SampleRequest(prompt, own) for prompt, own in zip(prompts, seeds, strict=True)]
     answers: dict[str, list[Candidate]] = {}
@@ -55,6 +74,8 @@ def generate(
     progress.start(f"{arm.label} · {label}", sum(len(own) for own in seeds), "answers")
     for group in arm.run.engine.sample(requests, sampling):
         answers[group[0].prompt_id] = group
+        if taken is not None:
+            taken(group)
         tokens += sum(len(candidate.token_ids) for candidate in group)
         progress.advance(len(group), f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
     progress.finish()

@@ -4,6 +4,7 @@ A judge of a user's own imports from here alone: `PointwiseJudge` or `PairwiseJu
 """
 
 from online_dpo.judging.against import judge_against
+from online_dpo.judging.ahead import Ahead, JudgeAhead
 from online_dpo.judging.answers import Answer
 from online_dpo.judging.asked import AskedJudge, Asking
 from online_dpo.judging.cache import VerdictCache, read_spent
@@ -29,6 +30,7 @@ from online_dpo.judging.verdicts import abstain_reasons, judge_all, mean_details
 
 __all__ = [
     "Abstention",
+    "Ahead",
     "Answer",
     "AskedJudge",
     "Asking",
@@ -38,6 +40,7 @@ __all__ = [
     "Disagreement",
     "Item",
     "Judge",
+    "JudgeAhead",
     "LiveModel",
     "Opinion",
     "PairwiseJudge",

@@ -95,6 +95,11 @@ class AskedJudge:
         """How many calls run at once. A judge made of judges is asked one by one: the threads are theirs."""
         return 1 if self.inner else self._whole("concurrent", self.judge.concurrent, may_be_none=False) or 1
 
+    @property
+    def waits(self) -> bool:
+        """Whether it, or a judge that it is made of, mostly waits for a network: it takes several calls at once."""
+        return self.concurrent > 1 or any(judge.waits for judge in self.inner)
+
     def _whole(self, key: str, value: Any, *, may_be_none: bool) -> int | None:
         """A number that the judge's author set, checked."""
         if value is None and may_be_none:

@@ -33,21 +33,27 @@ def judge_all(
     *,
     max_abstain: float,
     on_progress: Callable[[int], None] | None = None,
+    known: Mapping[str, Sequence[Answer]] | None = None,
 ) -> list[Verdict | Abstain]:
     """One verdict or abstention per candidate, in the candidates' order.
 
     `prompts` holds each candidate's prompt by id. A candidate whose judge raises, declines, or returns something
     that is not a finite number abstains with the reason. `on_progress` receives the number of candidates judged
-    since its last call. Raises `JudgeError` when the judge gives the wrong number of scores, or as soon as more
+    since its last call. `known`: what the judge has said already, by prompt id, one answer a candidate; it is not asked
+    for these. Raises `JudgeError` when the judge gives the wrong number of scores, or as soon as more
     than the share `max_abstain` (0 to 1) of all candidates has abstained; `DataError` for an unknown prompt.
     """
     asked = as_asked(judge)
     groups = _by_prompt(prompts, candidates)
     results: dict[int, Verdict | Abstain] = {}
     abstained: list[Abstain] = []
+    known = known or {}
+    _check_known(asked, groups, candidates, known, max_abstain)
     for chunk in _chunks(list(groups.items()), asked):
-        items: list[Item] = [(prompts[prompt_id], [candidates[i] for i in places]) for prompt_id, places in chunk]
-        for (_, places), answers in zip(chunk, asked.scores(items), strict=True):
+        new: list[Item] = [(prompts[name], [candidates[i] for i in at]) for name, at in chunk if name not in known]
+        said = iter(asked.scores(new) if new else [])
+        for prompt_id, places in chunk:
+            answers = known[prompt_id] if prompt_id in known else next(said)
             for place, answer in zip(places, answers, strict=True):
                 result = results[place] = _result(candidates[place], answer)
                 if isinstance(result, Abstain):
@@ -98,6 +104,23 @@ def chunk_size(asked: AskedJudge, candidates: int) -> int | None:
         return asked.batch * calls
     comparisons = schedule_size(candidates, asked.asking.comparing) * (2 if asked.judge.both_orders else 1)
     return -(-asked.batch * calls // max(1, comparisons))
+
+
+def _check_known(
+    asked: AskedJudge,
+    groups: Mapping[str, Sequence[int]],
+    candidates: Sequence[Candidate],
+    known: Mapping[str, Sequence[Answer]],
+    max_abstain: float,
+) -> None:
+    """Before anything is asked: whether too many have abstained already."""
+    results = [
+        _result(candidates[place], answer)
+        for prompt_id, answers in known.items()
+        for place, answer in zip(groups[prompt_id], answers, strict=True)
+    ]
+    abstained = [result for result in results if isinstance(result, Abstain)]
+    check_abstentions(asked, abstained, len(results), len(candidates), max_abstain)
 
 
 def _result(candidate: Candidate, answer: Answer) -> Verdict | Abstain:
