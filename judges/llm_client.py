@@ -57,10 +57,16 @@ class Server:
             raise JudgeError("base_url must hold no user, password or query: a key belongs into the environment")
         return url
 
+    @property
+    def variable(self) -> str:
+        """How messages call the key's variable: not by a name that may be the key itself, put there by mistake."""
+        name = self.api_key_env or "OPENAI_API_KEY"
+        return name if name.isupper() else "that api_key_env names"
+
     def key(self) -> str | None:
         """The key from the environment; None where there is none and none is needed."""
-        name = self.api_key_env or "OPENAI_API_KEY"
-        key = os.environ.get(name, "").strip()
+        name = self.variable
+        key = os.environ.get(self.api_key_env or "OPENAI_API_KEY", "").strip()
         if not key and (self.api_key_env or self.address() == OFFICIAL):
             raise JudgeError(f"the environment variable {name} (api_key_env) holds no key")
         if key and not (key.isascii() and key.isprintable()):
@@ -134,7 +140,7 @@ class ChatClient:
         except openai.NotFoundError:
             raise self._final(f"status 404{self._nearest_model()}") from None
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            name = self.server.api_key_env or "OPENAI_API_KEY"
+            name = self.server.variable
             what = f"the key in {name} is refused" if self._key else f"it wants a key, and {name} holds none"
             raise self._final(f"status {error.status_code}: {what}") from None
         except openai.APIError as error:

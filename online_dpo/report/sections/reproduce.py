@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import unicodedata
 from typing import Any
 
+import yaml
+
+from online_dpo.config import Experiment
+from online_dpo.display import clean
 from online_dpo.report.data import ReportedRun
 from online_dpo.report.document import Cell, Listing, Section, Table, count, words
 from online_dpo.report.subject import Subject
@@ -19,15 +24,22 @@ def reproduce(subject: Subject) -> Section:
     for run in subject.runs:
         name = run.experiment.name
         lines = ["online-dpo check experiment.yaml", "online-dpo run experiment.yaml"]
-        lines.append(f"online-dpo report {shlex.quote(f'{run.experiment.output}/{name}')}")
+        lines.append(f"online-dpo report {shlex.quote(clean(f'{run.experiment.output}/{name}'))}")
         listings.append(Listing(f"Commands for {name}", "\n".join(lines)))
-        listings.append(Listing(f"experiment.yaml of {name}, every key", dump_experiment(run.experiment), folded=True))
+        listings.append(Listing(f"experiment.yaml of {name}, every key", _as_yaml(run.experiment), folded=True))
     text = (
         "Save the configuration as experiment.yaml where the original lay (its prompts and judges are looked for "
         "beside it), with the same versions installed.",
     )
     tables = (_inputs(subject), _software(subject), _policies(subject))
     return Section("reproduce", "Configuration and digests", text, tables=tables, listings=tuple(listings))
+
+
+def _as_yaml(experiment: Experiment) -> str:
+    """To be copied; where a character cannot be seen (one that turns the direction, for instance), as escapes."""
+    text = dump_experiment(experiment)
+    seen = all(char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs") for char in text)
+    return text if seen else yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
 
 
 def _inputs(subject: Subject) -> Table:
