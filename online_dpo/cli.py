@@ -61,23 +61,26 @@ def run(
     """Run an experiment, or go on with it where its run folder exists already."""
     with errors_in_one_line(debug):
         spec = load_experiment(experiment, sets, seeds)
+        from online_dpo.run_lock import hold
         from online_dpo.runs import open_or_create, resolve
 
         tell_own_code(spec, experiment.parent)
         resolved = resolve(spec, experiment.parent)
-        store = open_or_create(resolved)
-        go(store, resolved.model, quiet, resolved.datasets)
+        with hold(resolved.root, new=True):
+            go(open_or_create(resolved), resolved.model, quiet, resolved.datasets)
 
 
 @app.command()
 def resume(folder: RunFolder, quiet: Quiet = False, debug: Debug = False) -> None:
     """Go on with a run that was stopped; a finished run only prints its tables."""
     with errors_in_one_line(debug):
+        from online_dpo.run_lock import hold
         from online_dpo.runs import reopen
 
-        with reading(folder):
-            store, model = reopen(folder, tell_own_code)
-        go(store, model, quiet)
+        with hold(folder):
+            with reading(folder):
+                store, model = reopen(folder, tell_own_code)
+            go(store, model, quiet)
 
 
 @app.command()

@@ -10,7 +10,9 @@
     ├── RunFolderError             a run folder is missing, locked or damaged     exit 2
     ├── EngineError                the engine failed or holds the wrong weights   exit 1
     ├── LearnerError               the learner's workers cannot go on             exit 1
-    └── TrainingError              non-finite loss, broken first-step identity    exit 1
+    ├── TrainingError              non-finite loss, broken first-step identity    exit 1
+    ├── DiskFullError              there is no room for a file                    exit 1
+    └── LeftTraining               training was told to leave; its state is kept  exit 143
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
-class OnlineDPOError(Exception):
 from online_dpo.keys import without_keys
 
+
+class OnlineDPOError(Exception):
     """Base of all errors that the command line prints as one line (no traceback)."""
 
     exit_code = 1
+    process_ended = False
+    """Whether a process that the run had started ended: anew, it may go well."""
 
 
 class ConfigError(OnlineDPOError):
@@ -67,6 +71,16 @@ class LearnerError(OnlineDPOError):
 
 class TrainingError(OnlineDPOError):
     """Training cannot go on: a non-finite loss or gradient, or a broken first-step identity."""
+
+
+class DiskFullError(OnlineDPOError):
+    """A file cannot be written, for want of room."""
+
+
+class LeftTraining(OnlineDPOError):
+    """The learner was told to leave and kept its state first: resumed, the round goes on from there."""
+
+    exit_code = 143
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

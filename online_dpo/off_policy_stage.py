@@ -151,7 +151,7 @@ def drawn_exactly(experiment: Experiment, name: str, seed: int, folders: Sequenc
             exact = source_kind(part) == "dataset" or own_distribution(settings.sampling)
         elif ":" in stream:
             other = find_streamed(stream, seed, folders, model=None)
-            found = [Path(other.store.manifest["folder"])]
+            found = [other.store.folder]
             exact = drawn_exactly(other.store.experiment, other.name, seed, found)
         else:
             exact = drawn_exactly(experiment, stream, seed, folders)

@@ -43,6 +43,9 @@ class Engine(Protocol):
     def rest(self) -> None:
         """Leave the accelerator to the learner until the next call (nothing to do where they share none)."""
 
+    def notes(self) -> list[str]:
+        """What a person should know of the work since the last call: lines, mostly none."""
+
 
 @dataclass(frozen=True, slots=True)
 class RoundPart:

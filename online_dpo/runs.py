@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from online_dpo.answers import AnswerEncoder
 from online_dpo.arms import Run
 from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.dataset_rows import DatasetRows, Reading
-from online_dpo.errors import ConfigError, RunFolderError
+from online_dpo.errors import ConfigError, OnlineDPOError, RunFolderError
 from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.fault_checks import check_faults
 from online_dpo.files import digest_json, write_json
@@ -168,7 +169,8 @@ def check_judges(experiment: Experiment, folder: Path) -> dict[str, str]:
 def open_or_create(resolved: Resolved) -> RunStore:
     """The run folder of `resolved`: a new one, or the one that the same experiment began.
 
-    Raises `RunFolderError` when the folder belongs to an experiment that differs, naming the keys.
+    Who is not alone holds the folder first (`run_lock.hold`). Raises `RunFolderError` when it belongs to an experiment
+    that differs, naming the keys.
     """
     root = resolved.root
     if not RunStore.exists(root):
@@ -210,7 +212,7 @@ def reopen(root: Path, tell: Callable[[Experiment, Path], None] | None = None) -
     """
     store = RunStore.open(root)
     experiment = store.experiment
-    folder = Path(store.manifest["folder"])
+    folder = store.folder
     if tell is not None:
         tell(experiment, folder)
     model = resolve_model(
@@ -228,7 +230,7 @@ def fork_run(fork: Fork) -> Path:
 
     Raises what `resolve` raises, and `RunFolderError` when the model is no longer the one that the old run began with.
     """
-    experiment, folder = fork.experiment, Path(fork.store.manifest["folder"])
+    experiment, folder = fork.experiment, fork.store.folder
     model = resolve_model(
         experiment.model,
         revision=experiment.revision,
@@ -287,17 +289,29 @@ def execute(
         raise RunFolderError(f"{store.root / 'prompts.parquet'} was changed after the run began")
     if datasets is None:
         datasets = _datasets_again(store, model, (prompts["train"], prompts["held_out"]))
-    with _live(store, model, prompts["train"], prompts["held_out"], datasets, progress) as run:
-        run.human_pairs = stored_human_pairs(store)
-        run.datasets = datasets
-        return run_experiment(run)
+    read = datasets
+
+    def go_on() -> dict[str, str]:
+        with _live(store, model, prompts["train"], prompts["held_out"], read, progress) as run:
+            run.human_pairs = stored_human_pairs(store)
+            run.datasets = read
+            return run_experiment(run)
+
+    try:
+        return go_on()
+    except OnlineDPOError as error:
+        if not error.process_ended:
+            raise
+        # As a resumed run would: what is finished is kept, the stage under way is done again.
+        progress.say(f"{error}; all processes are started anew, once")
+    return go_on()
 
 
 def _datasets_again(
     store: RunStore, model: ResolvedModel, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
 ) -> dict[str, DatasetRows]:
     """The datasets of a run that goes on; `RunFolderError` when one is no longer what it was."""
-    folder = Path(store.manifest["folder"])
+    folder = store.folder
     tokenizer = _tokenizer(store.experiment, model, folder)
     datasets = read_datasets(store.experiment, _reading(store.experiment, model, tokenizer, prompts, folder))
     check_datasets_unchanged(store.root, datasets, store.manifest["datasets"])
@@ -329,7 +343,7 @@ def _live(
 
     experiment = store.experiment
     length = model_length(experiment, [*train, *held_out], _asks_policy(store))
-    tokenizer = _tokenizer(experiment, model, Path(store.manifest["folder"]))
+    tokenizer = _tokenizer(experiment, model, store.folder)
     probe_ids = held_out[0].token_ids[-PROBE_TOKENS:]
     if len(probe_ids) < 2:
         probe_ids = max((prompt.token_ids for prompt in train), key=len)[-PROBE_TOKENS:]
@@ -354,7 +368,7 @@ def _live(
             engine=backends.engine,
             learner=backends.learner,
             progress=progress,
-            judge_folders=(Path(store.manifest["folder"]),),
+            judge_folders=(store.folder,),
             cache=cache,
             place_judge=backends.place_judge,
             live_model=lambda: EngineModel(backends.engine, tokenizer, length),
@@ -393,7 +407,7 @@ def _asks_policy(store: RunStore) -> bool:
     from online_dpo.judging import asks_policy
 
     experiment = store.experiment
-    folders = [Path(store.manifest["folder"])]
+    folders = [store.folder]
     return any(asks_policy(experiment.arm(name).judge, folders) for name in experiment.arms)
 
 
@@ -426,6 +440,7 @@ def _manifest(resolved: Resolved) -> dict[str, Any]:
         "packages": _versions(),
         "judges": resolved.judges,
         "folder": str(resolved.folder.resolve()),
+        "folder_from_run": os.path.relpath(resolved.folder.resolve(), resolved.root.resolve()),
         "model": {
             "name": resolved.model.name,
             "origin": resolved.model.origin,

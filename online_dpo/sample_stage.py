@@ -80,6 +80,8 @@ def generate(
         progress.advance(len(group), f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
     progress.finish()
     seconds = time.perf_counter() - began
+    for line in arm.run.engine.notes():
+        progress.say(f"{arm.label}: {line}")
     candidates = [candidate for prompt in prompts for candidate in answers[prompt.id]]
     return candidates, {
         "candidates": len(candidates),

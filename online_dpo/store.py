@@ -29,7 +29,6 @@ Two arms whose stages have the same inputs do the work once: the second takes th
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,9 +39,24 @@ from typing import Any
 
 import yaml
 
-from online_dpo.config import Experiment, flatten, validate_experiment
-from online_dpo.errors import RunFolderError, one_line
-from online_dpo.files import digest, digest_json, link_tree, remove, sync_folder, sync_tree, write_json, write_text
+from online_dpo.config import Experiment, flatten, read_yaml, validate_experiment
+from online_dpo.disk_full import told_when_full
+from online_dpo.errors import ConfigError, RunFolderError
+from online_dpo.files import (
+    digest,
+    digest_json,
+    link_tree,
+    read_json,
+    remove,
+    sync_folder,
+    sync_tree,
+    write_json,
+    write_text,
+)
+from online_dpo.leaving import LEAVING
+from online_dpo.links import refuse_links, refuse_links_at
+from online_dpo.metrics_check import checked_metrics
+from online_dpo.run_lock import hold
 
 FORMAT = 4
 MAY_CHANGE = frozenset(
@@ -60,12 +74,22 @@ MAY_CHANGE = frozenset(
         "cluster.wait_s",
         "cluster.copy_weights",
         "cluster.judge_while_sampling",
+        "engine.threads",
+        "engine.gpus",
+        "engine.tensor_parallel_size",
+        "engine.gpu_memory_utilization",
+        "engine.kv_cache_gb",
+        "engine.share_gpu",
+        "learner.workers",
+        "learner.threads",
+        "learner.gpus_per_worker",
         "tracking.tensorboard",
         "tracking.wandb",
         "tracking.mlflow",
     }
 )
-"""Keys that a resumed experiment may change: they decide nothing about the results."""
+"""Keys that a resumed experiment may change: they decide nothing about the results. Those of engine and learner say
+what a machine has: a run goes on where that is another one, and sums are rounded in another order there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +108,8 @@ class RunStore:
     """One run folder."""
 
     def __init__(self, root: Path) -> None:
+        """Raises `RunFolderError` where a link lies in the folder, or a stage's record is none."""
+        refuse_links(root)
         self.root = root
         self.trusted: set[tuple[Path, str]] = set()
         """Stages (round folder, name) that this process did itself or held against their records."""
@@ -123,13 +149,22 @@ class RunStore:
         return _read_json(self.root / "manifest.json")
 
     @property
+    def folder(self) -> Path:
+        """The folder of the experiment's YAML: where it was, or, where the two were moved together, as the run folder
+        sees it."""
+        manifest = self.manifest
+        there = Path(manifest["folder"])
+        moved = self.root / manifest.get("folder_from_run", ".")
+        return there if there.is_dir() or not moved.is_dir() else moved.resolve()
+
+    @property
     def experiment(self) -> Experiment:
         """The resolved experiment."""
         file = self.root / "experiment.yaml"
         try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise RunFolderError(f"{file} is missing or damaged: {one_line(error)}") from error
+            data = read_yaml(file)
+        except ConfigError as error:
+            raise RunFolderError(f"{file} is missing or damaged: {error}") from error
         return validate_experiment(data, str(file))
 
     def take_experiment(self, experiment: Experiment) -> None:
@@ -140,17 +175,8 @@ class RunStore:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run folder; `RunFolderError` when another process does. A killed process holds nothing."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.root / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunFolderError(f"{self.root} is in use by another process") from None
-        try:
+        with hold(self.root):
             yield
-        finally:
-            lock.release()
 
     def round(self, arm: str, seed: int, index: int) -> RoundFolder:
         """The folder of round `index` (0: the initial policy)."""
@@ -191,7 +217,8 @@ class RoundFolder:
     @property
     def metrics(self) -> dict[str, Any]:
         """The closed round's figures."""
-        return _read_json(self.path / "metrics.json")
+        file = self.path / "metrics.json"
+        return checked_metrics(_read_json(file), file)
 
     def close(self, metrics: Mapping[str, Any]) -> None:
         """Write the round's figures: the round is done."""
@@ -200,6 +227,7 @@ class RoundFolder:
     def pin(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the round works with, as first decided: written once, read ever after."""
         file = self.path / "round.json"
+        refuse_links_at(self.run.root, file)
         if not file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(file, make())
@@ -227,6 +255,7 @@ class RoundFolder:
 
         Raises `RunFolderError` when the stage was done from other inputs, or its files were changed since.
         """
+        refuse_links_at(self.run.root, self.path)
         record = self.done(name)
         if record is None:
             record = self._reuse(name, inputs, outputs) or self._produce(name, inputs, outputs, produce)
@@ -245,6 +274,7 @@ class RoundFolder:
             path = self.path / output
             if self.pruned(output):
                 continue
+            refuse_links_at(self.run.root, path)
             if not path.exists() or digest(path) != expected:
                 state = "was changed" if path.exists() else "is missing"
                 files = [f"stages/{record.stage}.json", *(["metrics.json"] if self.closed else [])]
@@ -264,6 +294,7 @@ class RoundFolder:
 
     def prune(self, output: str) -> None:
         """Give up a stage's output for good (a policy that the experiment does not keep)."""
+        refuse_links_at(self.run.root, self.path / output)
         write_text(self.path / f".{output}.pruned", "")
         remove(self.path / output)
 
@@ -278,16 +309,18 @@ class RoundFolder:
         outputs: Sequence[str],
         produce: Callable[[Path], Mapping[str, Any]],
     ) -> StageRecord:
+        LEAVING.leave_if_told()
         began = time.perf_counter()
         aside = self.path / f".{name}.tmp"
-        remove(aside)
-        aside.mkdir(parents=True)
-        info = dict(produce(aside))
-        sync_tree(aside)
-        digests = {output: digest(aside / output) for output in outputs}
-        self._place(aside, outputs)
-        record = StageRecord(name, dict(inputs), digests, info, round(time.perf_counter() - began, 3))
-        self._commit(record)
+        with told_when_full(aside):
+            remove(aside)
+            aside.mkdir(parents=True)
+            info = dict(produce(aside))
+            sync_tree(aside)
+            digests = {output: digest(aside / output) for output in outputs}
+            self._place(aside, outputs)
+            record = StageRecord(name, dict(inputs), digests, info, round(time.perf_counter() - began, 3))
+            self._commit(record)
         return record
 
     def _reuse(self, name: str, inputs: Mapping[str, str], outputs: Sequence[str]) -> StageRecord | None:
@@ -346,7 +379,7 @@ def _key(stage: str, inputs: Mapping[str, str]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} is missing or damaged: {error}") from error
     if not isinstance(data, dict):
@@ -356,6 +389,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_record(path: Path) -> StageRecord:
     try:
-        return StageRecord(**_read_json(path))
+        record = StageRecord(**_read_json(path))
+        whole = all(isinstance(part, dict) for part in (record.inputs, record.outputs, record.info))
+        # A name that leads elsewhere would be read, linked or removed there.
+        if record.stage != path.stem or not whole or not all(map(_is_name, record.outputs)):
+            raise TypeError("it is no record of this stage")
     except TypeError as error:
         raise RunFolderError(f"{path} is damaged: {error}") from error
+    return record
+
+
+def _is_name(output: str) -> bool:
+    return output not in ("", ".", "..") and not set(output) & {"/", "\\", "\0"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from online_dpo.leaving import LEAVING
 from online_dpo.protocols import Learner, Progress, TrainJob, TrainStart, TrainStep
+from online_dpo.types import Policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,9 @@ class FakeEngine:
     def rest(self) -> None:
         self.calls.append(("engine rest",))
 
+    def notes(self) -> list[str]:
+        return []
+
 
 class FakeLearner:
     """`protocols.Learner`: the new weights follow from everything that training is given."""

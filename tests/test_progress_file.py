@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,21 @@ def test_progress_without_a_stage_is_harmless(tmp_path: Path) -> None:
     progress.advance(1)
     progress.finish()
     assert written(tmp_path)["stage"] is None
+
+
+def test_a_clock_that_is_set_back_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of day falls by an hour in the middle of a stage, then jumps ten years ahead: the file is written on,
+    and the stage took no negative time and no years."""
+    now = [1.0e9]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    progress = RecordedProgress(QuietProgress(), tmp_path, every=0.0)
+    progress.start("judge", 3, "answers")
+    for jump in (-3600.0, 3.0e8, -3.0e8):
+        now[0] += jump
+        progress.advance(1)
+        stage = written(tmp_path)["stage"]
+        assert 0.0 <= written(tmp_path)["time"] - stage["began"] < 60.0
+    assert stage["done"] == 3
+    progress.finish()
+    stage = written(tmp_path)["stage"]
+    assert 0.0 <= stage["ended"] - stage["began"] < 60.0

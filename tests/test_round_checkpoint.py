@@ -24,7 +24,8 @@ from online_dpo.backends.optimiser import make_optimiser
 from online_dpo.backends.optimiser_state import MOMENTS
 from online_dpo.backends.round_checkpoint import Progress, RoundCheckpoint
 from online_dpo.config import DPOSpec, LoraSpec
-from online_dpo.errors import RunFolderError, TrainingError
+from online_dpo.errors import LeftTraining, RunFolderError, TrainingError
+from online_dpo.leaving import ask_file
 from online_dpo.protocols import TrainJob, TrainStart, TrainStep
 from online_dpo.types import Pair, Policy
 
@@ -477,3 +478,34 @@ def test_damaged_checkpoint_stops_the_learner_with_one_line(initial: Policy, job
         result_of(learner(initial), job)
     shutil.rmtree(job.checkpoint)
     assert len(result_of(learner(initial), job)[1]) == 6
+
+
+# --- told to leave ---
+
+
+@SAVED_BOTH
+@pytest.mark.parametrize("save_every", [None, 2])
+@pytest.mark.parametrize("after", [1, 6])
+def test_told_to_leave_it_keeps_its_state_at_the_next_step(
+    initial: Policy, job: TrainJob, lora: LoraSpec | None, save_every: int | None, after: int
+) -> None:
+    """Asked while step `after` of six is told of: it leaves with that step kept, and goes on as if nothing had been,
+    with and without checkpoints of its own. The last step is no exception."""
+    expected, weights, digest = uninterrupted(initial, job, lora)
+    assert job.checkpoint is not None
+    stream = learner(initial, lora, save_every).train(job)
+    for _ in range(after + 1):  # the start, and the steps
+        next(stream)
+    ask_file(job.checkpoint).touch()
+    with pytest.raises(LeftTraining, match=f"kept after {after} steps"):
+        next(stream)
+    assert not job.out.exists()
+    ask_file(job.checkpoint).unlink()
+
+    again = learner(initial, lora, save_every)
+    computed = counted_steps(again)
+    _, steps, policy = result_of(again, job)
+    assert len(computed) == 6 - after
+    assert untimed(steps) == untimed(expected)
+    assert farthest(weights_of(again), weights) == 0.0
+    assert policy.digest == digest

@@ -98,6 +98,9 @@ class WordEngine:
     def rest(self) -> None:
         """Nothing to leave."""
 
+    def notes(self) -> list[str]:
+        return []
+
 
 class WordLearner:
     """`protocols.Learner`: DPO by its own gradient."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from online_dpo.backends.hf_model import load_causal_lm, torch_dtype
+from online_dpo.backends.memory_need import wants_memory
 from online_dpo.backends.probe import check_probe
 from online_dpo.config import EngineSpec, SamplingSpec
+from online_dpo.errors import EngineError, one_line
 from online_dpo.logps import collate, token_logps
 from online_dpo.models import end_token_ids, load_tokenizer
 from online_dpo.protocols import SampleRequest
 from online_dpo.types import Candidate, Policy
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class TransformersEngine:
@@ -32,6 +37,8 @@ class TransformersEngine:
         self.initial = initial
         self.trust_remote_code = trust_remote_code
         self.batch_size = spec.batch_size
+        self._halved = False
+        self._notes: list[str] = []
         self.share_gpu = spec.share_gpu
         self.tokenizer: Any = load_tokenizer(initial.path, trust_remote_code)
         self.end_tokens = frozenset(end_token_ids(initial.path))
@@ -70,7 +77,7 @@ class TransformersEngine:
         for start in range(0, len(order), group):
             chosen = [requests[i] for i in order[start : start + group]]
             rows = [(request, index) for request in chosen for index in range(len(request.seeds))]
-            answers = iter(self._decode(rows, sampling))
+            answers = iter(self._computed(lambda part: self._decode(part, sampling), rows))
             for request in chosen:
                 yield [next(answers) for _ in request.seeds]
 
@@ -81,10 +88,48 @@ class TransformersEngine:
         rows: dict[int, list[float]] = {}
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
-            batch = collate([items[i] for i in places])
-            flat = iter(token_logps(self.model, batch.to(self.device)).tolist())
-            rows.update((place, [next(flat) for _ in range(n)]) for place, n in zip(places, batch.lengths, strict=True))
+            scored = self._computed(self._scores, [items[i] for i in places])
+            rows.update(zip(places, scored, strict=True))
         return [rows[place] for place in range(len(items))]
+
+    def notes(self) -> list[str]:
+        """See `protocols.Engine.notes`."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _computed(self, compute: Callable[[Sequence[T]], list[U]], rows: Sequence[T]) -> list[U]:
+        """`compute` of all rows; where memory does not suffice, of half as many at once from then on."""
+        found: list[U] = []
+        while len(found) < len(rows):
+            part = rows[len(found) : len(found) + self.batch_size]
+            try:
+                found.extend(compute(part))
+            except (MemoryError, RuntimeError) as error:
+                if not wants_memory(error):
+                    raise
+                self._halve(len(part), error)
+        return found
+
+    def _halve(self, rows: int, error: BaseException) -> None:
+        """Once. Raises `EngineError` the second time, and where there is nothing to halve."""
+        if self._halved or rows == 1:
+            raise EngineError(
+                f"the engine's memory does not suffice for {rows} sequences at once ({one_line(error)}); "
+                "set engine.batch_size, sampling.max_tokens or the prompts' length lower"
+            ) from error
+        self._halved = True
+        self.batch_size = rows // 2
+        self._notes.append(
+            f"the engine's memory did not suffice for {rows} sequences at once: it goes on with {self.batch_size} "
+            f"({one_line(error, 100)}); engine.batch_size: {self.batch_size} would spare the attempt"
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _scores(self, items: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        batch = collate(items)
+        flat = iter(token_logps(self.model, batch.to(self.device)).tolist())
+        return [[next(flat) for _ in range(length)] for length in batch.lengths]
 
     @torch.no_grad()
     def _decode(self, rows: Sequence[tuple[SampleRequest, int]], sampling: SamplingSpec) -> list[Candidate]:

@@ -19,7 +19,7 @@ from online_dpo.backends.sharding import whole
 from online_dpo.backends.step_choice import stepping_of
 from online_dpo.backends.stepping import Stepping, StepSums
 from online_dpo.config import DPOSpec
-from online_dpo.errors import TrainingError
+from online_dpo.errors import LeftTraining, TrainingError
 from online_dpo.files import digest_json
 from online_dpo.policies import write_policy
 from online_dpo.protocols import RoundPart, TrainJob, TrainStart, TrainStep
@@ -84,7 +84,7 @@ class LocalLearner:
         return 1e-3 if self.model.dtype == torch.float32 else 0.05
 
     def _checkpoint(self, job: TrainJob, loss: Stepping) -> RoundCheckpoint | None:
-        if self.save_every is None or job.checkpoint is None:
+        if job.checkpoint is None:
             return None
         policies = [job.policy.digest, job.reference.digest, job.source and job.source.digest]
         pairs = [
@@ -124,8 +124,8 @@ class LocalLearner:
             progress = advanced(progress, step, sums, len(batch))
             # Before it is kept: a first step that is refused must not be there when the round is tried again.
             yield step, sums
-            if checkpoint is not None and self.save_every and (number + 1) % self.save_every == 0:
-                self._keep(checkpoint, progress, optimiser)
+            if checkpoint is not None:
+                self._keep_if_due(checkpoint, progress, optimiser)
         if job.part and job.part.end and self._saves:
             save_state(job.part.end, self.model.trainable, optimiser, progress.delta, progress.seen)
 
@@ -150,9 +150,15 @@ class LocalLearner:
         """Whether this worker takes part in saving: worker 0 writes, and those that hold shares gather them."""
         return self.model.rank == 0 or self.model.sharded
 
-    def _keep(self, checkpoint: RoundCheckpoint, progress: Progress, optimiser: torch.optim.Optimizer) -> None:
-        if self._saves:
+    def _keep_if_due(self, checkpoint: RoundCheckpoint, progress: Progress, optimiser: torch.optim.Optimizer) -> None:
+        """Keep the state after every `save_every` steps; and where that is asked for, then raise `LeftTraining`."""
+        leave = from_first(checkpoint.leave_asked())  # all workers leave, or none
+        done = len(progress.steps)
+        due = self.save_every is not None and done % self.save_every == 0
+        if (leave or due) and self._saves:
             checkpoint.save(progress, self.model.trainable, optimiser)
+        if leave:
+            raise LeftTraining(f"told to leave: training is kept after {done} steps of the stage")
 
     def _save(self, job: TrainJob) -> Policy:
         saved: list[Policy] = []

@@ -114,6 +114,12 @@ class RayEngines:
         for replica, reference in resting:
             self._result(replica, reference)
 
+    def notes(self) -> list[str]:
+        """`protocols.Engine.notes`, of all engines."""
+        asking = [(replica, replica.actor.notes.remote()) for replica in self.replicas]
+        lines = [(replica, self._result(replica, reference)) for replica, reference in asking]
+        return [f"engine {replica.number}: {line}" for replica, found in lines for notes in found for line in notes]
+
     def _size(self, units: int, batch: int) -> int:
         """Units a parcel. By the engines that the run began with: not by which are left."""
         if self.kind == "transformers":
@@ -178,7 +184,9 @@ class RayEngines:
                 if self.replicas:
                     self.say(f"{error}; {len(self.replicas)} of {self.count} engines go on")
             if not self.replicas:
-                raise EngineError(f"{error}; it was the last of {self.count}") from error
+                last = EngineError(f"{error}; it was the last of {self.count}")
+                last.process_ended = True
+                raise last from error
             return []
 
 

@@ -70,7 +70,9 @@ class _Remote:
             # The judge raised: what was asked abstains, as it does for a judge in this process.
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except RayError as error:
-            raise JudgeError(f"judge '{self.use}': its process ended: {one_line(error)}") from error
+            lost = JudgeError(f"judge '{self.use}': its process ended: {one_line(error)}")
+            lost.process_ended = True
+            raise lost from error
         with self.lock:
             for item, amount in spent.items():
                 self.amounts[item] = self.amounts.get(item, 0.0) + amount

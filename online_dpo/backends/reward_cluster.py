@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 from ray.actor import ActorHandle
 
-from online_dpo.backends.ray_cluster import free_address, in_step, start_learner_actors, start_ray, wait
+from online_dpo.backends.ray_cluster import free_address, in_step, start_learner_actors, start_ray, stop_ray, wait
 from online_dpo.backends.reward_trainer import LocalRewardTrainer, RewardStep
 from online_dpo.config import LearnerSpec
 from online_dpo.errors import ConfigError, TrainingError
@@ -97,4 +97,4 @@ def reward_workers(folder: Path, spec: RewardSpec) -> Iterator[RayRewardTrainer]
         wait(building, TrainingError, WORKER)
         yield RayRewardTrainer(workers)
     finally:
-        ray.shutdown()
+        stop_ray()

@@ -24,6 +24,7 @@ from online_dpo.backends.distributed import from_first, rank_and_world
 from online_dpo.backends.optimiser_state import moments, take_moments
 from online_dpo.backends.sharding import read, whole
 from online_dpo.errors import RunFolderError, one_line
+from online_dpo.leaving import ask_file
 from online_dpo.protocols import TrainStep
 
 
@@ -43,6 +44,10 @@ class RoundCheckpoint:
         self.folder = folder
         self.key = key
         self._before = folder.with_name(folder.name + ".before")
+
+    def leave_asked(self) -> bool:
+        """Whether the training is to be left as soon as its state is kept."""
+        return ask_file(self.folder).exists()
 
     def save(self, progress: Progress, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
         """Put this state in the place of the one before.

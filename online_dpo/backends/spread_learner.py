@@ -102,6 +102,7 @@ class SpreadLearner(RayLearner):
                 f"source: every_steps keeps the optimiser's state in the run folder, and {blind} of {len(sees)} nodes "
                 f"do not see {job.out.parent}: put `output` on a shared file system"
             )
+        job = replace(job, checkpoint=None)  # nobody can be asked to keep a state that all must see
         return job if sees[self.nodes[0]] else replace(job, cache=None)
 
 

@@ -233,6 +233,10 @@ class VllmEngine:
             self.llm.sleep(level=1)
             self.asleep = True
 
+    def notes(self) -> list[str]:
+        """See `protocols.Engine.notes`; vLLM takes its memory at the start and queues what does not fit."""
+        return []
+
     def _wake(self) -> None:
         if self.asleep:
             self.llm.wake_up()

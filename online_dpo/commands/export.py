@@ -56,7 +56,7 @@ def _pairs(store: RunStore, selection: Selection, out: Path, jsonl: bool, trust:
     model = resolve_model(
         experiment.model,
         revision=experiment.revision,
-        folders=[Path(store.manifest["folder"])],
+        folders=[store.folder],
         trust_remote_code=trust,
     )
     tokenizer = load_tokenizer(model.path, trust)

@@ -27,12 +27,14 @@ def fork(
     were (with another judge its answers, for instance); then go on as `run` does."""
     with errors_in_one_line(debug):
         from online_dpo.forking import plan_fork
+        from online_dpo.run_lock import hold
         from online_dpo.runs import fork_run, reopen
         from online_dpo.store import RunStore
 
         with reading(folder):
             planned = plan_fork(RunStore.open(folder), arm, index, sets or [], seed, name)
-            tell_own_code(planned.experiment, Path(planned.store.manifest["folder"]))
+            tell_own_code(planned.experiment, planned.store.folder)
             root = fork_run(planned)
-        store, model = reopen(root)
-        go(store, model, quiet)
+        with hold(root):
+            store, model = reopen(root)
+            go(store, model, quiet)

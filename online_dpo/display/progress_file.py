@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.display.progress import QuietProgress
+from online_dpo.files import read_json
 
 NAME = "progress.json"
 WRITE_SECONDS = 1.0
@@ -20,9 +21,9 @@ WRITE_SECONDS = 1.0
 class RecordedProgress(QuietProgress):
     """Shows what `shown` shows, and keeps `folder/progress.json`, which is there while the process works.
 
-    It holds `pid` and `host`, `time` (of writing, seconds since 1970), `said` (the last line) and `stage`: `label`,
-    `done`, `total`, `unit`, `note`, `began` and `ended` (null: it goes on). It is replaced whole, and not synced: it
-    is of no use after a crash.
+    It holds `pid` and `host`, `time` (of writing), `said` (the last line) and `stage`: `label`, `done`, `total`,
+    `unit`, `note`, `began` and `ended` (null: it goes on). Times are seconds of a clock that nobody sets: they tell how
+    long, not when. It is replaced whole, and not synced: it is of no use after a crash.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class RecordedProgress(QuietProgress):
         shown: QuietProgress,
         folder: Path,
         every: float = WRITE_SECONDS,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._shown = shown
         self._file = folder / NAME
@@ -85,5 +86,16 @@ class RecordedProgress(QuietProgress):
             "stage": self._stage,
         }
         aside = self._file.with_name(f".{NAME}.tmp")
+        aside.unlink(missing_ok=True)  # a link there would be written through
         aside.write_text(json.dumps(record), encoding="utf-8")
         aside.replace(self._file)
+
+
+def read_worker(folder: Path) -> str:
+    """Which process works on the run in `folder`, as it says of itself: " (process 12 on host, label)", or ""."""
+    try:
+        record = read_json(folder / NAME)
+        stage = f", {record['stage']['label']}" if record["stage"] else ""
+        return f" (process {int(record['pid'])} on {record['host']}{stage})"
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or one that is being replaced
+        return ""
