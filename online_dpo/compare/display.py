@@ -73,7 +73,7 @@ def _win_matrix(found: Comparison) -> Iterator[Table]:
             "Win rate of the row against the column, in per cent",
             f"by {NAMES[found.measure]}, ties half" if not start else "",
         )
-        table.add_column("arm", overflow="fold", max_width=14)
+        table.add_column("arm", overflow="fold", max_width=16)
         for label in across:
             table.add_column(Text(clean(label)), justify="right", overflow="fold", max_width=16)
         for row in labels:
@@ -92,7 +92,7 @@ def _curves(found: Comparison) -> Table:
         "Rounds, over all seeds",
         f"win rate against the initial policy and the round before, in per cent, by {NAMES[found.measure]}",
     )
-    table.add_column("arm", overflow="fold", max_width=14)
+    table.add_column("arm", overflow="fold", max_width=16)
     table.add_column("round", justify="right")
     for header in ("reward", *(("gold",) if gold else ()), "win rate", "before", "KL"):
         table.add_column(header, justify="right", overflow="fold")

@@ -41,7 +41,7 @@ def figure_table(
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("arm", overflow="fold", min_width=10, max_width=14)
+    table.add_column("arm", overflow="fold", min_width=10, max_width=16)
     for header, _ in [*names, *columns]:
         if header == "dropped":
             table.add_column(header, overflow="fold", min_width=12, max_width=40)
