@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from online_dpo.backends.cluster_address import find_cluster, on_loopback
 from online_dpo.backends.placement import Bundle, Placed, place
-from online_dpo.backends.ray_cluster import interface_of, start_ray
+from online_dpo.backends.ray_cluster import cores, interface_of
 from online_dpo.backends.ray_session import OWN_CPU, RaySession
 from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.config import Experiment, validate_experiment
@@ -57,15 +60,39 @@ def test_what_a_process_reserves_and_uses() -> None:
     assert [placed.alike_on_node(at) for at in range(4)] == [2, 2, 1, 1]
     assert joined.threads(None, placed, 0) == 1
     assert joined.threads(3, placed, 0) == own.threads(3, placed, 0) == 3
-    from online_dpo.backends.ray_cluster import cores
-
     assert own.threads(None, placed, 0) == max(1, cores() // 2)
     assert own.threads(None, placed, 2) == cores()
 
 
 def test_an_address_where_nothing_answers_is_known_within_seconds() -> None:
     with pytest.raises(ConfigError, match=r"^cluster\.address 127\.0\.0\.1:9: nothing answers there \(Connection"):
-        start_ray("127.0.0.1:9")
+        find_cluster("127.0.0.1:9")
+
+
+def test_auto_is_the_cluster_that_this_machine_was_made_part_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAY_ADDRESS first, then what `ray start` wrote down; never just any Ray that runs here. One may have gone."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"part of no Ray cluster .*ray_current_cluster\); start one with"):
+        find_cluster("auto")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        assert find_cluster("auto") == find_cluster(address) == address
+        (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        with pytest.raises(ConfigError, match=r"auto \(127\.0\.0\.1:9\): nothing answers"):
+            find_cluster("auto")
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert find_cluster("auto") == address
+
+
+def test_what_is_on_loopback() -> None:
+    assert [on_loopback(a) for a in ("127.0.0.1:1", "[::1]:1", "localhost:1", "10.0.0.1:1", "head:1")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
 
 
 def test_loopback_has_an_interface() -> None:
@@ -88,7 +115,9 @@ def test_where_a_run_is_may_change_within_it() -> None:
     there = experiment(cluster={**far, "judge_while_sampling": False})
     assert changed_keys(experiment(), there) == []
     assert set(there.cluster.model_dump()) == {*far, "judge_while_sampling"}
-    assert changed_keys(experiment(), experiment(seeds=[1])) == ["seeds"]
+    machine = {"engine": {"threads": 4, "gpus": 2, "tensor_parallel_size": 2}, "learner": {"workers": 2, "threads": 8}}
+    assert changed_keys(experiment(), experiment(**machine)) == []
+    assert changed_keys(experiment(), experiment(seeds=[1], engine={"batch_size": 8})) == ["seeds", "engine.batch_size"]
 
 
 @pytest.mark.parametrize(

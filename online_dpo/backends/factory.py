@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from online_dpo.backends.cluster_address import find_cluster, on_loopback
 from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.config import Experiment
 from online_dpo.errors import ConfigError
@@ -90,11 +91,12 @@ def ray_session(spec: ClusterSpec) -> Iterator[RaySession]:
 
     Raises `ConfigError` when there is no cluster at the address, `OnlineDPOError` when Ray does not start.
     """
-    if spec.address is None:
+    address = None if spec.address is None else find_cluster(spec.address)
+    if address is None or on_loopback(address):
         _keep_to_loopback()
     from online_dpo.backends.ray_session import open_session
 
-    with open_session(spec) as session:
+    with open_session(spec, address) as session:
         yield session
 
 
@@ -136,7 +138,7 @@ def start_set(
 
     kind, line = choose_engine(experiment, initial.path, session.gpus_there)
     say(line)
-    with ray_set.start(session, experiment, initial, kind, engines=True) as actors:
+    with ray_set.start(session, experiment, initial, engines=True, say=say) as actors:
         building = ray_set.build_learner(actors, experiment, base_name(experiment), probe_token_ids)
         engines = ray_set.build_engines(actors, experiment, base_name(experiment), kind, max_model_len)
         ray_set.wait_for_learner(building, say)
@@ -157,7 +159,7 @@ def start_learner(
     with ray_session(experiment.cluster) as session:
         from online_dpo.backends import ray_set
 
-        with ray_set.start(session, bare, initial, "", engines=False) as actors:
+        with ray_set.start(session, bare, initial, engines=False, say=say) as actors:
             building = ray_set.build_learner(actors, bare, experiment.model, probe_token_ids, share_gpu=False)
             ray_set.wait_for_learner(building, say)
             yield ray_set.learner_of(actors, bare)

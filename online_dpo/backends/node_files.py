@@ -109,6 +109,8 @@ class NodeFiles:
         self.staying: set[str] = set()
         self.sent: Counter[str] = Counter()
         """Policies that travelled, by node."""
+        self.bytes = 0
+        """What they came to, over all nodes."""
 
     def bring(self, policy: Policy, nodes: Iterable[str], *, stay: bool = False) -> dict[str, Policy]:
         """`policy` as each of `nodes` can read it; sent to those that cannot see it. `stay`: it is never dropped."""
@@ -144,6 +146,11 @@ class NodeFiles:
             with (out / Path(name).name).open("ab") as file:
                 file.write(data)
 
+    def describe(self) -> str:
+        """What travelled, in one line."""
+        copies, nodes = self.sent.total(), len(self.sent)
+        return f"weights: {copies} copies to {nodes} node(s), each policy once a node, {self.bytes / 1e6:.1f} MB in all"
+
     def close(self) -> None:
         """Delete what the nodes keep, and end the keepers."""
         for keeper in self.keepers.values():
@@ -175,6 +182,7 @@ class NodeFiles:
         for file in files_of(policy.path):
             for name, data in pieces(file):
                 shared = ray.put(data)
+                self.bytes += len(data) * len(nodes)
                 for reference in [self.keepers[node].append.remote(policy.digest, name, shared) for node in nodes]:
                     _get(reference)
         finished = {node: self.keepers[node].finish.remote(policy.digest) for node in nodes}

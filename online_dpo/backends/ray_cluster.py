@@ -7,7 +7,6 @@ import signal
 import socket
 import struct
 import threading
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from online_dpo.backends.allocator import learner_environment
+from online_dpo.backends.caretaker import Caretaker
 from online_dpo.config import EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
 from online_dpo.errors import ConfigError, EngineError, LearnerError, OnlineDPOError, TrainingError, one_line
 from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
@@ -40,8 +40,7 @@ except ImportError:  # Windows
 
 ADDRESS_OF_INTERFACE = 0x8915
 """Linux's SIOCGIFADDR."""
-JOIN_S = 5.0
-"""Seconds that a cluster's head has to answer."""
+_caretaker = Caretaker()
 IN_STEP_S = 20.0
 """Seconds in which workers that fail together are expected to have failed."""
 
@@ -88,6 +87,11 @@ class EngineActor:
     def rest(self) -> None:
         """`protocols.Engine.rest`."""
         self.engine.rest()
+
+    def notes(self) -> list[str]:
+        """`protocols.Engine.notes`."""
+        notes: list[str] = self.engine.notes()
+        return notes
 
 
 class LearnerActor:
@@ -179,6 +183,11 @@ class RayEngine:
     def rest(self) -> None:
         """`protocols.Engine.rest`."""
         wait(self.actor.rest.remote(), EngineError, "the engine")
+
+    def notes(self) -> list[str]:
+        """`protocols.Engine.notes`."""
+        notes: list[str] = wait(self.actor.notes.remote(), EngineError, "the engine")
+        return notes
 
 
 class RayLearner:
@@ -284,10 +293,9 @@ def interface_of(host: str) -> str | None:
 
 
 def start_ray(address: str | None = None) -> None:
-    """A Ray of this process's own, or the cluster at `address` ("auto": the one this machine is part of); none where
-    one runs in this process already.
+    """A Ray of this process's own, or the cluster at `address` (host:port); none where this process has one already.
 
-    Raises `ConfigError` when there is no cluster to join, `OnlineDPOError` when a Ray of our own does not start.
+    Raises `ConfigError` when the cluster cannot be joined, `OnlineDPOError` when a Ray of our own does not start.
     """
     if ray.is_initialized():
         return
@@ -305,6 +313,7 @@ def start_ray(address: str | None = None) -> None:
 
 
 def _start_own() -> None:
+    _caretaker.begin()
     try:
         ray.init(
             address="local",  # else a cluster that happens to run on this machine would be joined
@@ -315,33 +324,24 @@ def _start_own() -> None:
             object_store_memory=256 * 2**20,
         )
     except Exception as error:  # Ray raises bare ones, for instance on a machine too busy to start it in time
-        ray.shutdown()
+        stop_ray()
         raise OnlineDPOError(f"Ray does not start: {one_line(error, 400)}") from error
+    finally:
+        _caretaker.started()
+
+
+def stop_ray() -> None:
+    """Leave the cluster, or end a Ray of this process's own with all of its processes."""
+    ray.shutdown()
+    _caretaker.end()
 
 
 def _join(address: str) -> None:
-    if address != "auto":
-        _check_answers(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # Ray raises bare ones here too: no cluster, another version, another Python
+    except Exception as error:  # Ray raises bare ones here too: another version, another Python
         ray.shutdown()
-        raise ConfigError(
-            f"cluster.address {address}: no Ray cluster can be joined ({one_line(error, 300)}); start one with "
-            "`ray start --head`, or leave cluster.address out"
-        ) from error
-
-
-def _check_answers(address: str) -> None:
-    """Within seconds: Ray itself would try for a minute."""
-    parts = urllib.parse.urlsplit(f"//{address}")
-    try:
-        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=JOIN_S):
-            return
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cluster.address {address}: nothing answers there ({one_line(error)}); is the head up?"
-        ) from error
+        raise ConfigError(f"cluster.address {address}: that Ray cannot be joined ({one_line(error, 300)})") from error
 
 
 def cores() -> int:
@@ -420,7 +420,8 @@ def wait(references: Any, kind: type[OnlineDPOError], who: str) -> Any:
         if isinstance(cause, OnlineDPOError):
             raise cause from None
         raise kind(f"{who} failed: {one_line(cause, 400)}") from error
-    except RayActorError as error:
-        raise kind(f"{who}'s process ended: {one_line(error, 300)}") from error
     except RayError as error:
-        raise kind(f"{who}: {one_line(error, 300)}") from error
+        ended = "'s process ended" if isinstance(error, RayActorError) else ""
+        lost = kind(f"{who}{ended}: {one_line(error, 300)}")
+        lost.process_ended = True
+        raise lost from error

@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from online_dpo.backends.placement import Bundle, Placed, place
-from online_dpo.backends.ray_cluster import cores, start_ray
+from online_dpo.backends.ray_cluster import cores, start_ray, stop_ray
 from online_dpo.cluster_spec import ClusterSpec
 
 OWN_CPU = 0.01
@@ -65,13 +65,14 @@ class RaySession:
 
 
 @contextmanager
-def open_session(spec: ClusterSpec) -> Iterator[RaySession]:
-    """Start or join a Ray. On leaving, what is still placed is given back; a Ray that was started here is ended.
+def open_session(spec: ClusterSpec, address: str | None) -> Iterator[RaySession]:
+    """Start a Ray, or join the one at `address` (host:port, what `spec.address` means).
 
-    Raises `ConfigError` when there is no cluster at the address, `OnlineDPOError` when Ray does not start.
+    On leaving, what is still placed is given back; a Ray that was started here is ended.
+    Raises `ConfigError` when the cluster cannot be joined, `OnlineDPOError` when Ray does not start.
     """
     ours = not ray.is_initialized()
-    start_ray(spec.address)
+    start_ray(address)
     session = RaySession(spec)
     try:
         yield session
@@ -79,4 +80,4 @@ def open_session(spec: ClusterSpec) -> Iterator[RaySession]:
         for placed in list(session.placed):
             session.release(placed, [])
         if ours:
-            ray.shutdown()
+            stop_ray()

@@ -43,9 +43,9 @@ class Actors:
 
 @contextmanager
 def start(
-    session: RaySession, experiment: Experiment, initial: Policy, kind: str, *, engines: bool
+    session: RaySession, experiment: Experiment, initial: Policy, *, engines: bool, say: Callable[[str], None]
 ) -> Iterator[Actors]:
-    """Start the actors of a set (`engines`: also engines, of `kind`); they and their room go on leaving.
+    """Start the actors of a set (with `engines`, or the learner's workers alone); they and their room go on leaving.
 
     Raises `ConfigError` where there is no room for all of them.
     """
@@ -78,6 +78,8 @@ def start(
         )
     finally:
         if files is not None:
+            if files.sent:
+                say(files.describe())
             files.close()
         session.release(placed, started)
 
