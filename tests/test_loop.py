@@ -322,6 +322,17 @@ def test_progress_ends_where_it_said(tmp_path: Path) -> None:
     ]
 
 
+def test_faults_that_are_switched_on_are_said_before_each_training(tmp_path: Path) -> None:
+    """And stand with the loss in the round's figures; an arm without any says nothing."""
+    arms: dict[str, Any] = {"right": {}, "wrong": {"dpo": {"faults": {"score_padding": True}}}}
+    world = World(tmp_path / "run", experiment(arms=arms)).go()
+    line = "wrong · seed 0 · round {}: faults are switched on: padding is scored"
+    assert world.progress.lines == [line.format(1), line.format(2)]
+    losses = {arm: world.metrics()[arm, 1]["train"]["loss"] for arm in arms}
+    assert "FAULTS" not in losses["right"]
+    assert losses["wrong"].endswith("FAULTS SWITCHED ON: padding is scored")
+
+
 def test_a_finished_run_does_nothing(tmp_path: Path) -> None:
     world = World(tmp_path / "run", experiment()).go()
     before = {path: path.stat().st_mtime_ns for path in world.root.rglob("*")}
@@ -422,6 +433,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     train = end["train"]
     assert train["steps"] == 2
     assert (train["loss_first"], train["loss_last"]) == (pytest.approx(0.6), pytest.approx(0.5))
+    assert (train["loss_mean"], train["accuracy_mean"]) == (pytest.approx(0.55), 0.5)
     assert (train["margin_last"], train["accuracy_last"], train["grad_norm_largest"]) == (0.2, 0.5, 2)
     assert (train["chosen_logp_change"], train["rejected_logp_change"]) == (-0.2, -0.4)
     assert (train["reference_from"], train["engine_gap_token"], train["engine_gap_sequence"]) == ("engine", 1e-6, 2e-6)

@@ -271,6 +271,7 @@ def test_figures_are_the_blocks_together(tmp_path: Path) -> None:
     train = row["train"]
     assert (train["steps"], train["answers"], train["grad_norm_largest"]) == (3, 6, 3)
     assert (train["loss_first"], train["loss_last"]) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert (train["loss_mean"], train["accuracy_mean"]) == (pytest.approx(0.5), pytest.approx(0.5))
     assert [point["grad_norm"] for point in train["curve"]] == [1, 2, 3]
     assert (train["tokens"], train["tokens_per_second"]) == (60, 40.0)
     assert train["reference_from"] == "engine, learner"
