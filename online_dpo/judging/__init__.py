@@ -60,5 +60,5 @@ __all__ = [
     "load_judge",
     "mean_details",
     "open_judge",
-]
     "read_spent",
+]
