@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from online_dpo.report.answers import readable
 from online_dpo.report.build import ANSWERS
 from online_dpo.report.document import Plot, Report
 from online_dpo.report.inline_svg import inline
@@ -28,6 +29,7 @@ def as_html(report: Report) -> str:
     environment = Environment(
         loader=PackageLoader("online_dpo.report"),
         autoescape=True,
+        finalize=_seen,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -49,6 +51,11 @@ def json_block(data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A lone surrogate is no UTF-8: what a file cannot hold is shown as a question mark.
     return text.translate(_ESCAPES).encode("utf-8", "replace").decode()
+
+
+def _seen(value: object) -> object:
+    """A text without characters that turn or hide what stands beside them; lines stay. Markup is ours alone."""
+    return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _drawn(plot: Plot) -> Markup:
