@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import socket
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -26,7 +30,20 @@ def join(rank: int, world: int, address: str) -> None:
         if backend == "nccl":
             # Ray shows each worker its own GPU alone; torch would otherwise guess one by the rank.
             torch.cuda.set_device(0)
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=_meeting_place(rank, world, address), rank=rank, world_size=world)
+
+
+def _meeting_place(rank: int, world: int, address: str) -> dist.TCPStore:
+    """The store at `address`, which worker 0 serves on that address alone: torch's own socket would be open on all of
+    the machine's, to whoever reaches it."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if ipaddress.ip_address(host).is_loopback and sys.platform == "linux":
+        # Else gloo takes the interface that the machine's name stands for.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    handle = None
+    if rank == 0:
+        handle = socket.create_server((host, int(port)), backlog=max(world, 128)).detach()
+    return dist.TCPStore(host, int(port), world, is_master=rank == 0, master_listen_fd=handle)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
