@@ -2,6 +2,8 @@
 # make test         create the environment and run the tests, slow ones excluded
 # make test-slow    the slow tests: real vLLM, Ray and SmolLM2
 # make bench        every figure against what people use: hours; choose with ARGS (tests/benchmarks/README.md)
+# make faults       kill, fill, damage, interrupt: small real runs, each held against one that nobody disturbed (an hour)
+# make soak         200 rounds in one process: memory, open files, shared memory and seconds a round
 # make lint         ruff and mypy
 # make lock         resolve both locks anew (needs uv)
 # make environment  create the environment and nothing else
@@ -14,7 +16,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow bench lint lock clean environment
+.PHONY: help quickstart test test-slow bench faults soak lint lock clean environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -48,6 +50,12 @@ test-slow: $(PROJECT)
 
 bench: $(PROJECT)
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+faults: $(PROJECT)
+	@$(BIN)/python tests/faults/faults.py $(ARGS)
+
+soak: $(PROJECT)
+	@$(BIN)/python tests/faults/soak.py $(ARGS)
 
 lint: $(PROJECT)
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""One module a kind of fault. Each has `inject(ground)`, which yields an `Outcome` for every injection."""
