@@ -194,7 +194,7 @@ def group(request: pytest.FixtureRequest, initial: Policy) -> Iterator[cluster.R
     actors = cluster.start_learner_actors(spec, 0)
     settings = cluster.ModelSettings(initial, "small", None, False)
     cluster.wait(
-        cluster.build_learner(actors, settings, spec, initial.probe.token_ids, False), LearnerError, "a worker"
+        cluster.build_learner(actors, [settings] * 2, spec, initial.probe.token_ids, False), LearnerError, "a worker"
     )
     yield cluster.RayLearner(actors)
     ray.shutdown()

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,14 +34,11 @@ class ModelSettings:
     trust_remote_code: bool
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 ADDRESS_OF_INTERFACE = 0x8915
 """Linux's SIOCGIFADDR."""
 _caretaker = Caretaker()
+ATTEMPTS = 3
+"""To start a Ray of our own."""
 IN_STEP_S = 20.0
 """Seconds in which workers that fail together are expected to have failed."""
 
@@ -279,8 +277,10 @@ def free_address() -> str:
 
 def interface_of(host: str) -> str | None:
     """The network interface with the IPv4 address `host`; None where there is none, or it cannot be told."""
-    if fcntl is None:
+    if sys.platform != "linux":
         return None
+    import fcntl
+
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
@@ -313,6 +313,17 @@ def start_ray(address: str | None = None) -> None:
 
 
 def _start_own() -> None:
+    # Ray's servers wait 15 seconds for each other, whatever else the machine has to do.
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _start_once()
+        except Exception as error:  # Ray raises bare ones
+            stop_ray()
+            if attempt == ATTEMPTS:
+                raise OnlineDPOError(f"Ray does not start: {one_line(error, 400)}") from error
+
+
+def _start_once() -> None:
     _caretaker.begin()
     try:
         ray.init(
@@ -323,9 +334,6 @@ def _start_own() -> None:
             logging_level="ERROR",
             object_store_memory=256 * 2**20,
         )
-    except Exception as error:  # Ray raises bare ones, for instance on a machine too busy to start it in time
-        stop_ray()
-        raise OnlineDPOError(f"Ray does not start: {one_line(error, 400)}") from error
     finally:
         _caretaker.started()
 

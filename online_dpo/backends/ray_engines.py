@@ -76,7 +76,7 @@ class RayEngines:
         if self.files is not None:
             at_node = self.files.bring(policy, at_node)
         loading = [(replica, replica.actor.load.remote(at_node[replica.node])) for replica in self.replicas]
-        gaps = [gap for replica, reference in loading for gap in self._result(replica, reference)]
+        gaps: list[float] = [gap for replica, reference in loading for gap in self._result(replica, reference)]
         return max(gaps)
 
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
