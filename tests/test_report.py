@@ -230,9 +230,9 @@ def test_control_characters_are_gone_and_lines_stay() -> None:
 
 
 def test_markdown_takes_no_markup_from_a_name(made: Path) -> None:
-    from online_dpo.report.markdown import escape
+    from online_dpo.display.markdown import escaped
 
-    assert escape("a|b *c* [d](e) <f>\n`g`") == "a\\|b \\*c\\* \\[d\\](e) \\<f\\> \\`g\\`"
+    assert escaped("a|b *c* [d](e) <f>\n`g`") == "a\\|b \\*c\\* \\[d\\](e) \\<f\\> \\`g\\`"
 
 
 def test_a_fence_is_longer_than_any_in_the_listing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hostile_runs import cli, copied, round_of, small_run
@@ -74,7 +75,7 @@ def test_every_reading_command_refuses_a_link(run: Path, tmp_path: Path) -> None
     root = copied(run, tmp_path)
     (round_of(root) / "notes.txt").symlink_to("/etc/passwd")
     out = tmp_path / "out"
-    commands = (
+    commands: tuple[list[str | Path], ...] = (
         ["show", root], ["watch", root], ["compare", root], ["report", root], ["resume", root],
         ["export", root, "--format", "parquet", "--out", out],
         ["fork", root, "--arm", "on_policy", "--round", "1", "--set", "dpo.beta=0.3"],
@@ -171,6 +172,7 @@ BAD_NAMES = ("../x", "..", ".", "/tmp/x", "a/b", "a\\b", "", "a\nb", "a\0b", ".h
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_of_runs_and_arms_cannot_leave_their_folder(name: str) -> None:
     data = experiment().model_dump(mode="json")
-    for change in ({"name": name}, {"arms": {name: {}}}):
+    changes: list[dict[str, Any]] = [{"name": name}, {"arms": {name: {}}}]
+    for change in changes:
         with pytest.raises(ConfigError, match="letters, digits"):
             validate_experiment(data | change, "test")
