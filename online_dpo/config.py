@@ -361,6 +361,11 @@ class Experiment(ArmSettings):
     select: Literal["last", "best", "best_gold"] = Field(
         default="last", description="the round that stands for an arm: the last, or the best held-out or gold reward"
     )
+    contrasts: list[tuple[str, str]] | None = Field(
+        default=None,
+        description="the differences that the experiment is made for, two arms each; default: every two arms. The fewer "
+        "there are, the less is each corrected for the others",
+    )
     tracking: TrackingSpec = TrackingSpec()
     output: str = Field(default="runs", description="the run folder is output/name")
 
@@ -406,6 +411,21 @@ class Experiment(ArmSettings):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         self._streams()
+        return self
+
+    @model_validator(mode="after")
+    def _contrasts(self) -> Experiment:
+        """Each names two arms, and no two the same ones."""
+        if self.contrasts is not None and not self.contrasts:
+            raise ValueError("contrasts: at least one is needed; leave the key out to compare every two arms")
+        seen: set[frozenset[str]] = set()
+        for a, b in self.contrasts or ():
+            for name in (a, b):
+                if name not in self.arms:
+                    raise ValueError(f"contrasts: no arm '{name}'{nearest(name, self.arms)}")
+            if a == b or frozenset((a, b)) in seen:
+                raise ValueError(f"contrasts: {a} against {b} " + ("is no comparison" if a == b else "stands twice"))
+            seen.add(frozenset((a, b)))
         return self
 
     def _streams(self) -> None:

@@ -11,7 +11,8 @@
     RUN/progress.json                       while a process works on the run: how far its stage is
     RUN/tracked.json, tensorboard/          rounds that trackers have; TensorBoard's event files
     RUN/arms/ARM/seed_S/round_RR/           round_00 measures the initial policy
-        round.json                          source, reference and prompts: pinned before anything is sampled
+        round.json                          source, reference and prompts: pinned before anything is sampled (with
+                                            source: lag, once the round before it is trained)
         prompts.parquet                     a dataset's own prompts, where the round has such
         candidates|verdicts|pairs|held_out.parquet, audit.json, audit.png, audit.svg, policy/
         off_policy|human_pairs.parquet      log-probs of the round's pairs, and of held-out human ones, by policy
@@ -30,12 +31,14 @@ Two arms whose stages have the same inputs do the work once: the second takes th
 from __future__ import annotations
 
 import shutil
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -62,6 +65,7 @@ FORMAT = 4
 MAY_CHANGE = frozenset(
     {
         "output",
+        "contrasts",
         "judge_cache",
         "judge_timeout",
         "judge_budget.cost",
@@ -74,6 +78,7 @@ MAY_CHANGE = frozenset(
         "cluster.wait_s",
         "cluster.copy_weights",
         "cluster.judge_while_sampling",
+        "cluster.lanes",
         "engine.threads",
         "engine.gpus",
         "engine.tensor_parallel_size",
@@ -90,6 +95,16 @@ MAY_CHANGE = frozenset(
 )
 """Keys that a resumed experiment may change: they decide nothing about the results. Those of engine and learner say
 what a machine has: a run goes on where that is another one, and sums are rounded in another order there."""
+
+
+class Turns(Protocol):
+    """Where several arms are at work in one process: in which order, so that the order is none of their results."""
+
+    def wait(self, folder: RoundFolder, stage: str) -> None:
+        """Until no other arm is to do the same work first."""
+
+    def lasting(self, folder: Path, stage: str) -> bool:
+        """Whether another arm may count on a stage's files: they will not be given up while it is at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +128,10 @@ class RunStore:
         self.root = root
         self.trusted: set[tuple[Path, str]] = set()
         """Stages (round folder, name) that this process did itself or held against their records."""
+        self.turns: Turns | None = None
+        """Set where several arms are at work."""
+        self._asking = threading.Lock()
+        self._making: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
         self._index: dict[str, Path] = {}
         for record in sorted(root.glob("arms/**/stages/*.json")) + sorted(root.glob("forked_from/**/stages/*.json")):
             found = _read_record(record)
@@ -190,6 +209,14 @@ class RunStore:
         """Let other arms find this stage."""
         self._index.setdefault(_key(record.stage, record.inputs), folder)
 
+    @contextmanager
+    def alone(self, stage: str, inputs: Mapping[str, str]) -> Iterator[None]:
+        """Inside, no other thread does this stage: it waits, and takes over what was made."""
+        with self._asking:
+            making = self._making[_key(stage, inputs)]
+        with making:
+            yield
+
     def relative(self, path: Path) -> str:
         """`path` as written into the run's files: relative to the run, so that the folder can be moved."""
         return path.relative_to(self.root).as_posix()
@@ -258,9 +285,12 @@ class RoundFolder:
         refuse_links_at(self.run.root, self.path)
         record = self.done(name)
         if record is None:
-            record = self._reuse(name, inputs, outputs) or self._produce(name, inputs, outputs, produce)
-            self.run.remember(record, self.path)
-            self.run.trusted.add((self.path, name))
+            if self.run.turns is not None:
+                self.run.turns.wait(self, name)
+            with self.run.alone(name, inputs):
+                record = self._reuse(name, inputs, outputs) or self._produce(name, inputs, outputs, produce)
+                self.run.remember(record, self.path)
+                self.run.trusted.add((self.path, name))
             return record
         if record.inputs != dict(inputs):
             changed = [k for k in inputs if record.inputs.get(k) != inputs[k]] or sorted(record.inputs)
@@ -327,6 +357,8 @@ class RoundFolder:
         """The same stage of another arm, its files linked here; None when there is none (any more)."""
         folder = self.run.find(name, inputs)
         if folder is None or folder == self.path:
+            return None
+        if self.run.turns is not None and not self.run.turns.lasting(folder, name):
             return None
         other = RoundFolder(self.run, folder, -1)
         record = other.done(name)

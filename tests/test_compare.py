@@ -236,6 +236,22 @@ def test_the_verdict_is_by_gold_where_there_is_a_gold_judge() -> None:
     assert found.verdict.startswith("a is worse than b by")
 
 
+def test_differences_that_an_experiment_is_made_for_are_corrected_for_these_alone() -> None:
+    """Holm's first of 6 differences is multiplied by 6, of 1 by 1: the interval stays, the corrected p falls."""
+    outcomes = experiment(np.random.default_rng(3), shifts=(0.0, 0.3, 0.1, 0.2))
+    every = {(one.a, one.b, one.measure): one for one in compare(outcomes).differences}
+    planned = compare(outcomes, contrasts=[("b", "a"), ("b", "not there")]).differences
+    assert [(one.a, one.b, one.measure) for one in planned] == [
+        ("b", "a", measure) for measure in ("reward", "win_rate", "length_controlled")
+    ]
+    for one in planned:
+        other = every["a", "b", one.measure]
+        assert (other.family, one.family) == (6, 1)
+        assert one.p_corrected == one.p == pytest.approx(other.p)
+        assert other.p_corrected > one.p_corrected
+    assert len(compare(outcomes, contrasts=[("x", "y")]).differences) == len(every)
+
+
 def test_who_wins_is_by_gold_where_there_is_a_gold_judge() -> None:
     """Arm a gains reward on every prompt and loses gold on every one: by reward it wins all, by gold none."""
     up, down = np.full(8, 1.0), np.full(8, -1.0)

@@ -23,14 +23,14 @@ def compare(
     """Say which arm is better: verdict, differences with intervals, win matrix, league."""
     with errors_in_one_line(debug):
         from online_dpo.compare import compare as compare_outcomes
-        from online_dpo.compare import open_runs, read_runs
+        from online_dpo.compare import contrasts_of, open_runs, read_runs
         from online_dpo.compare.display import comparison_tables
         from online_dpo.display import clean, make_console
         from online_dpo.files import write_json
 
         with reading(*folders):
             stores, chosen = open_runs(folders, select)
-            found = compare_outcomes(read_runs(stores), chosen)
+            found = compare_outcomes(read_runs(stores), chosen, contrasts_of(stores))
         console = make_console()
         console.print(comparison_tables(found))
         if json is not None:

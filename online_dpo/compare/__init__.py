@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from online_dpo.compare.comparing import closing_lines, compare, open_runs
+from online_dpo.compare.comparing import closing_lines, compare, contrasts_of, open_runs
 from online_dpo.compare.comparison import (
     Comparison,
     CurvePoint,
@@ -30,6 +30,7 @@ __all__ = [
     "Verdict",
     "closing_lines",
     "compare",
+    "contrasts_of",
     "open_runs",
     "read_outcomes",
     "read_runs",

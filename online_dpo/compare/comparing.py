@@ -38,12 +38,20 @@ def open_runs(folders: Sequence[Path], select: Select | None = None) -> tuple[li
     return stores, found.pop()
 
 
-def compare(outcomes: Sequence[Outcomes], select: Select = "last") -> Comparison:
-    """Everything that `outcomes` (one for each closed round, all on the same prompts) say of the arms.
+def contrasts_of(stores: Sequence[RunStore]) -> Sequence[tuple[str, str]]:
+    """The differences that a run was made for. Several runs are set side by side for others: then there are none."""
+    return (stores[0].experiment.contrasts or ()) if len(stores) == 1 else ()
+
+
+def compare(
+    outcomes: Sequence[Outcomes], select: Select = "last", contrasts: Sequence[tuple[str, str]] = ()
+) -> Comparison:
+    """Everything that `outcomes` (one for each closed round, all on the same prompts) say of the arms; differences are
+    those of `contrasts`, by default of every two arms.
 
     Raises `RunFolderError` when no arm has a round after 0, and `ConfigError` for `best_gold` without a gold judge.
     """
-    grid, field, found = _decide(outcomes, select)
+    grid, field, found = _decide(outcomes, select, contrasts)
     return Comparison(
         selected=field.selected,
         differences=found,
@@ -66,17 +74,19 @@ def closing_lines(store: RunStore) -> list[str]:
     if len({one.arm for one in outcomes if one.round}) < 2:
         return []
     select = store.experiment.select
-    grid, field, found = _decide(outcomes, select)
+    grid, field, found = _decide(outcomes, select, contrasts_of([store]))
     notes = [f"note: {warning}" for warning in _warnings(grid, field, found, select)]
     return [f"verdict: {verdict_sentence(found, grid.deciding)}", *notes, "more: online-dpo compare RUN"]
 
 
-def _decide(outcomes: Sequence[Outcomes], select: Select) -> tuple[Grid, Field, tuple[Difference, ...]]:
+def _decide(
+    outcomes: Sequence[Outcomes], select: Select, contrasts: Sequence[tuple[str, str]]
+) -> tuple[Grid, Field, tuple[Difference, ...]]:
     grid = make_grid(outcomes)
     if select == "best_gold" and not grid.has_gold:
         raise ConfigError("select: best_gold needs a gold judge (evaluation.gold) in every run")
     field = make_field(grid, select)
-    return grid, field, differences(field)
+    return grid, field, differences(field, contrasts)
 
 
 def _warnings(grid: Grid, field: Field, found: Sequence[Difference], select: Select) -> list[str]:

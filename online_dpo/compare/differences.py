@@ -57,10 +57,12 @@ def make_field(grid: Grid, select: Select) -> Field:
     return Field(grid, chosen, places)
 
 
-def differences(field: Field) -> tuple[Difference, ...]:
-    """Each two arms, in their order, by each measure; one arm alone against the policy that it began with."""
+def differences(field: Field, contrasts: Sequence[tuple[str, str]] = ()) -> tuple[Difference, ...]:
+    """Those of `contrasts` whose arms are there, by each measure; where there are none each two arms, in their order;
+    one arm alone against the policy that it began with."""
     labels = list(field.grid.arms)
-    pairs = list(combinations(labels, 2)) if len(labels) > 1 else [(labels[0], INITIAL)]
+    every = list(combinations(labels, 2)) if len(labels) > 1 else [(labels[0], INITIAL)]
+    pairs = [(a, b) for a, b in contrasts if a in labels and b in labels] or every
     measures: list[Measure] = ["reward", "win_rate", "length_controlled"]
     if field.grid.has_gold:
         measures.insert(1, "gold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from online_dpo.compare import compare, open_runs, read_runs
+from online_dpo.compare import compare, contrasts_of, open_runs, read_runs
 from online_dpo.compare.selecting import Select
 from online_dpo.report.answers import MOST
 from online_dpo.report.build import build_report
@@ -23,6 +23,6 @@ def report_runs(
     """
     stores, chosen = open_runs(folders, select)
     outcomes = read_runs(stores)
-    comparison = compare(outcomes, chosen)
+    comparison = compare(outcomes, chosen, contrasts_of(stores))
     report = build_report(read_reported(stores), comparison, against_initial(outcomes, chosen), most_answers)
     return comparison.verdict, write_report(report, comparison, out)
