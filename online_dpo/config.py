@@ -363,8 +363,8 @@ class Experiment(ArmSettings):
     )
     contrasts: list[tuple[str, str]] | None = Field(
         default=None,
-        description="the differences that the experiment is made for, two arms each; default: every two arms. The fewer "
-        "there are, the less is each corrected for the others",
+        description="the differences that the experiment is made for, two arms each; default: every two arms. Fewer "
+        "are less corrected for each other",
     )
     tracking: TrackingSpec = TrackingSpec()
     output: str = Field(default="runs", description="the run folder is output/name")
