@@ -342,8 +342,9 @@ def test_inside_the_noise_is_that_of_training_mode(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert float((found - before).abs().max()) > 0.01
     assert not torch.equal(found, again)
-    assert torch.equal(model.scores(ITEMS).logps.detach(), before)
     assert not model.model.training
+    model.model.train()  # as activation checkpointing leaves it
+    assert torch.equal(model.scores(ITEMS).logps.detach(), before)
 
 
 def backward(policy: Policy, batches: Sequence[Sequence[int]], seed: int = 0, **settings: Any) -> list[Tensor]:
