@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from online_dpo.backends.cluster_address import on_loopback
 
 T = TypeVar("T")
 
@@ -33,17 +34,32 @@ def join(rank: int, world: int, address: str) -> None:
         dist.init_process_group(backend, store=_meeting_place(rank, world, address), rank=rank, world_size=world)
 
 
-def _meeting_place(rank: int, world: int, address: str) -> dist.TCPStore:
+def _meeting_place(rank: int, world: int, address: str) -> Any:
     """The store at `address`, which worker 0 serves on that address alone: torch's own socket would be open on all of
     the machine's, to whoever reaches it."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    if ipaddress.ip_address(host).is_loopback and sys.platform == "linux":
-        # Else gloo takes the interface that the machine's name stands for.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    place = address.removeprefix("tcp://")
+    host, _, port = place.rpartition(":")
+    if on_loopback(place):
+        _gloo_on_loopback()
     handle = None
     if rank == 0:
         handle = socket.create_server((host, int(port)), backlog=max(world, 128)).detach()
-    return dist.TCPStore(host, int(port), world, is_master=rank == 0, master_listen_fd=handle)
+    kept: Any = dist  # whose stubs name no store
+    return kept.TCPStore(host, int(port), world, is_master=rank == 0, master_listen_fd=handle)
+
+
+def be_alone() -> None:
+    """Make this process a group of its own, which nobody can join; what needs a group finds one, and opens none."""
+    if not dist.is_initialized():
+        _gloo_on_loopback()
+        kept: Any = dist  # whose stubs name no store
+        dist.init_process_group("gloo", store=kept.HashStore(), rank=0, world_size=1)
+
+
+def _gloo_on_loopback() -> None:
+    """Else gloo takes the interface that the machine's name stands for."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

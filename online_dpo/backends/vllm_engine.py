@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from online_dpo.backends.distributed import be_alone
 from online_dpo.backends.hf_model import torch_dtype
 from online_dpo.backends.probe import check_probe
 from online_dpo.config import EngineSpec, LoraSpec, SamplingSpec
@@ -72,6 +73,8 @@ class VllmEngine:
             # computed in two parts would end vLLM 0.32 where requests have seeds of their own ("CPU Generator does not
             # use offset"): it turns such a request's generator back, which only a GPU's can.
             options |= {"block_size": 32, "enable_chunked_prefill": False}
+            if spec.tensor_parallel_size == 1:
+                be_alone()  # vLLM's own group of one would listen on all of the machine's addresses
         if self.as_adapter and lora is not None:
             options |= {"enable_lora": True, "max_lora_rank": max(8, lora.rank), "max_loras": 1}
         self.llm = LLM(
@@ -83,6 +86,7 @@ class VllmEngine:
             enable_prefix_caching=True,
             generation_config="vllm",
             worker_extension_cls="online_dpo.backends.vllm_weights.WeightLoader",
+            load_format="safetensors",
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
             seed=0,

@@ -92,9 +92,9 @@ def lived(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 return (root / "arms" / "on_policy" / "seed_0" / "round_01" / "metrics.json").exists()
 
             try:
-                started.wait_for(looked, 900)
+                started.wait_for(looked, 400)
             finally:
-                status = started.end(900)
+                status = started.end(120)
             assert status == 0, started.err.read_text(encoding="utf-8")
             after(folder, root)
             yield Lived(folder, root, ray, listened, len(server.requests))
@@ -104,7 +104,7 @@ def lived(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def after(folder: Path, root: Path) -> None:
     """Everything that is made of a run afterwards; what is said goes into files, too."""
-    commands = (
+    commands: tuple[list[str | Path], ...] = (
         ["show", root], ["report", root], ["compare", root, "--json", folder / "compare.json"], ["watch", root],
         ["export", root, "--out", folder / "trl"], ["export", root, "--format", "parquet", "--out", folder / "all"],
         ["check", folder / "experiment.yaml", "--set", f"output={root.parent}"], ["resume", root],
