@@ -50,8 +50,8 @@ FAULTS: dict[str, dict[str, bool]] = {
 
 
 def pair_of(x: Sequence[int], w: Sequence[int], rejected: Sequence[int]) -> Pair:
-    answers = [Candidate("p", i, "", tuple(y), (), "stop", 0) for i, y in enumerate((w, rejected))]
-    return Pair(Prompt("p", (), tuple(x)), *answers, chosen_score=1.0, rejected_score=0.0)
+    chosen, other = (Candidate("p", i, "", tuple(y), (), "stop", 0) for i, y in enumerate((w, rejected)))
+    return Pair(Prompt("p", (), tuple(x)), chosen, other, chosen_score=1.0, rejected_score=0.0)
 
 
 # --- which tokens ---
@@ -385,19 +385,23 @@ def test_adapters_train_under_dropout(gpt2: Policy, tmp_path: Path) -> None:
     assert policy.digest != gpt2.digest
 
 
+def packs(learner: LocalLearner) -> bool:
+    return learner.model.forward.packed
+
+
 def test_the_first_step_of_a_noisy_round_is_not_held_against_the_reference(gpt2: Policy, tmp_path: Path) -> None:
     """Its margin is the noise's: a check that was not told would take it for a wrong reference. The arm after it is
     computed as the learner was told, and checked."""
     learner = learner_of(gpt2)
-    assert learner.model.forward.packed
+    assert packs(learner)
     start, [step], policy = result_of(learner, job_of(gpt2, PAIRS, NOISY, tmp_path / "noisy", source=None))
-    assert not learner.model.forward.packed
+    assert not packs(learner)
     assert step.margin is not None and abs(step.margin) > 0.01
     with pytest.raises(TrainingError, match="the first step of a fresh round"):
         check_first_step(step, start, LN2, DPOSpec(beta=BETA), 1e-3)
     right = DPOSpec(beta=BETA, lr=1e-3, batch_size=3, warmup=0.0)
     _, [calm], other = result_of(learner, job_of(gpt2, PAIRS, right, tmp_path / "calm", source=None))
-    assert learner.model.forward.packed
+    assert packs(learner)
     assert calm.margin == pytest.approx(0.0, abs=1e-4)
     assert other.digest != policy.digest
 
