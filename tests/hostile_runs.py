@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 from typer.testing import CliRunner
 from word_model import run_words
@@ -94,3 +95,18 @@ def edited_yaml(root: Path, **changes: Any) -> None:
 def edited_json(file: Path, change: dict[str, Any]) -> None:
     data = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(data | change), encoding="utf-8")
+
+
+def holding(folder: Path, secret: str) -> list[Path]:
+    """The files under `folder` that hold `secret`, in their bytes or in what their compressed columns say."""
+    wanted = secret.encode()
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and _holds(path, wanted)]
+
+
+def _holds(path: Path, wanted: bytes) -> bool:
+    try:
+        if wanted in path.read_bytes():
+            return True
+    except OSError:  # gone meanwhile
+        return False
+    return path.suffix == ".parquet" and wanted.decode() in str(pq.read_table(path).to_pydict())

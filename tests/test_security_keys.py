@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hostile_runs import cli
+from hostile_runs import cli, holding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loop import experiment
+from llm_double import Double, Step, said
+from test_loop import World, experiment
 
 from online_dpo.config import validate_experiment
 from online_dpo.errors import ConfigError, JudgeError, one_line
@@ -161,3 +163,31 @@ def test_a_name_of_a_variable_that_is_a_key_is_not_repeated(monkeypatch: pytest.
 def test_the_experiment_of_a_received_folder_is_held_to_the_same(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="looks like a key"):
         validate_experiment({**experiment().model_dump(mode="json"), "judge": {**LLM, "api_key": "x"}}, "test")
+
+
+def test_a_whole_run_holds_no_byte_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A server whose errors repeat the key, one for a while and one for good; fakes sample and train.
+    end_to_end/test_security_run.py has the same with Ray, actors and every command."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+    def says(request: dict[str, Any], number: int) -> Step | dict[str, Any]:
+        if number in (3, 4):
+            return Step(
+                {"error": {"message": f"Authorization: Bearer {KEY}", "code": None}}, 500 if number == 3 else 400
+            )
+        return said("12345678"[number % 8])
+
+    with Double(says) as server:
+        judge = {**LLM, "base_url": server.url, "high": 8, "logprobs": "no", "concurrency": 1}
+        spec = experiment(judge=judge, arms={"on_policy": {}}, rounds=1, max_abstain=0.9)
+        world = World(tmp_path / "run", spec).go()
+        assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers)
+    assert len(server.requests) > 10
+    for command in ("show", "watch", "compare"):
+        told = cli(command, world.root)
+        (tmp_path / f"{command}.txt").write_text(told.out + told.err, encoding="utf-8")
+        assert told.out
+    assert holding(tmp_path, KEY) == []
+    assert len(holding(tmp_path, "judges.llm:LLMScoreJudge")) > 1, "the search finds nothing"
+    assert any(path.suffix == ".parquet" for path in holding(tmp_path, "the server refused the request"))

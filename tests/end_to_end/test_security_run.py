@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_runs import cli
+from hostile_runs import cli, holding
 from llm_double import Double, Step, said
 from stories import Started, write_experiment
-from watched_run import beyond_loopback, holding, listening
+from watched_run import beyond_loopback, listening
 
 pytestmark = pytest.mark.slow
 

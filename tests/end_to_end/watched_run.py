@@ -9,8 +9,6 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 LISTENS = "0A"
 """The state of a listening socket in /proc/net/tcp."""
 
@@ -55,18 +53,3 @@ def _address(local: str) -> str:
     address = ipaddress.ip_address(socket.inet_ntop(family, b"".join(words)))
     mapped = getattr(address, "ipv4_mapped", None)
     return f"{mapped or address}:{int(port, 16)}"
-
-
-def holding(folder: Path, secret: str) -> list[Path]:
-    """The files under `folder` that hold `secret`, in their bytes or in what their compressed columns say."""
-    wanted = secret.encode()
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and _holds(path, wanted)]
-
-
-def _holds(path: Path, wanted: bytes) -> bool:
-    try:
-        if wanted in path.read_bytes():
-            return True
-    except OSError:  # gone meanwhile
-        return False
-    return path.suffix == ".parquet" and wanted.decode() in str(pq.read_table(path).to_pydict())
