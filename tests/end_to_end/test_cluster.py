@@ -27,7 +27,6 @@ SAME: dict[str, Any] = {
     # Two prompts a batch of the engine's: three batches a round for two engines, four for the held-out prompts.
     "engine": {"kind": "transformers", "threads": 1, "batch_size": 6},
 }
-JUDGE = {"use": "judges.length:LengthJudge", "unit": "characters", "actor": {"threads": 1}}
 FAR = {"engines": 2, "strategy": "spread", "copy_weights": True, "judge_while_sampling": True, "wait_s": 120}
 
 
@@ -60,7 +59,7 @@ def own_ports() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[TwoNodes]:
-    """Two raylets, of three CPUs and of two: as many as two engines, two learner workers and a judge ask for."""
+    """Two raylets of two CPUs: as many as two engines and two learner workers ask for, so that each has one of both."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -70,7 +69,7 @@ def two_nodes() -> Iterator[TwoNodes]:
     node = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
     cluster = Cluster()
     try:
-        cluster.add_node(**node, **own_ports(), num_cpus=3, include_dashboard=False)
+        cluster.add_node(**node, **own_ports(), num_cpus=2, include_dashboard=False)
         cluster.add_node(**node, **own_ports(), num_cpus=2)
         yield TwoNodes(cluster.address)
     finally:
@@ -90,9 +89,9 @@ def one(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 @pytest.fixture(scope="module")
 def two(two_nodes: TwoNodes, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The same on the cluster: two engines, two learner workers, and the judge in an actor, at work meanwhile."""
+    """The same on the cluster: two engines, two learner workers, and the judge at work meanwhile."""
     cluster = {"address": two_nodes.address, **FAR}
-    changes = {"cluster": cluster, "learner": {"threads": 1, "workers": 2}, "judge": JUDGE}
+    changes = {"cluster": cluster, "learner": {"threads": 1, "workers": 2}}
     return run(tmp_path_factory.mktemp("two"), small_model, "tiny", **SAME | changes)
 
 
@@ -134,20 +133,19 @@ def distance(one: list[Any], other: list[Any]) -> float:
 
 @pytest.mark.slow
 def test_engines_and_workers_were_on_both_nodes_and_nothing_is_left(two: Outcome, two_nodes: TwoNodes) -> None:
-    """No actor, no placement group (the set's and the judge's), no CPU in use; no weights on a node's disk; and the
-    cluster is up."""
+    """No actor, no placement group, no CPU in use; no weights on a node's disk; and the cluster is up."""
     import ray
 
     assert two.status == 0, two.stderr
     ray.init(address=two_nodes.address, log_to_driver=False, logging_level="ERROR")
     actors = two_nodes.actors()
-    for kind, count in (("EngineActor", 2), ("LearnerActor", 2), ("NodeKeeper", 2), ("JudgeActor", 1)):
+    for kind, count in (("EngineActor", 2), ("LearnerActor", 2), ("NodeKeeper", 2)):
         assert len({one["node"] for one in actors if one["kind"] == kind}) == count, (kind, actors)
     assert {one["state"] for one in actors} == {"DEAD"}
     groups = ray.util.placement_group_table().values()
-    assert [group["state"] for group in groups] == ["REMOVED"] * 2
+    assert [group["state"] for group in groups] == ["REMOVED"]
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
-    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"] == 5
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"] == 4
     assert list(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")) == []
 
 
