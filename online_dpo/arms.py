@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from online_dpo.config import ArmSettings, ComparingSpec, Experiment, JudgeSpec
@@ -50,11 +51,45 @@ class Run:
     live_model: Callable[[], LiveModel] | None = None
     """The engine as something to talk to, for judges that ask the policy."""
     tracking: Tracking | None = None
+    open_lane: Callable[[], AbstractContextManager[Run]] | None = None
+    """Starts another engine and learner, of the same kind, for arms that are at work side by side (`lane`)."""
+    end_lanes: Callable[[], None] | None = None
+    """Ends what the open lanes wait for: their processes."""
     judging_ahead: dict[Path, JudgeAhead] = field(default_factory=dict)
     """By round folder: answers that are judged while others are sampled."""
     _judges: dict[str, AskedJudge] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
     _processes: dict[str, Judge] = field(default_factory=dict)
+
+    def lane(
+        self,
+        engine: Engine,
+        learner: Learner,
+        cache: VerdictCache | None = None,
+        live_model: Callable[[], LiveModel] | None = None,
+    ) -> Run:
+        """This run with another engine and learner, and judges and a place on the screen of its own."""
+        return replace(
+            self,
+            engine=engine,
+            learner=learner,
+            cache=cache,
+            live_model=live_model,
+            progress=self.progress.beside(),
+            judging_ahead={},
+            _judges={},
+            _processes={},
+        )
+
+    def rest_engine(self) -> None:
+        """The engine leaves the GPU to the learner, where they share one; else either may be at work at any time."""
+        if self.experiment.engine.share_gpu:
+            self.engine.rest()
+
+    def rest_learner(self) -> None:
+        """As `rest_engine`, the other way round."""
+        if self.experiment.engine.share_gpu:
+            self.learner.rest()
 
     def judge(self, spec: JudgeSpec, comparing: ComparingSpec) -> AskedJudge:
         """The judge of `spec`, opened once a run."""

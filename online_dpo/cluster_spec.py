@@ -21,6 +21,10 @@ class ClusterSpec(Spec):
         "host:port: the head of a running cluster",
     )
     engines: Positive = Field(default=1, description="engine replicas; each prompt goes to one that has room for it")
+    lanes: Positive = Field(
+        default=1,
+        description="arms and seeds at work side by side, each with engines, learner workers and judges of its own",
+    )
     strategy: Literal["pack", "spread"] = Field(
         default="pack", description="the run's processes on as few nodes as hold them, or over as many as there are"
     )

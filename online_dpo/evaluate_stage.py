@@ -29,7 +29,7 @@ def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy, reference: Po
     sampling = held_out_sampling(experiment, arm.settings)
 
     def produce(out: Path) -> dict[str, Any]:
-        arm.run.learner.rest()
+        arm.run.rest_learner()
         arm.run.engine.load(policy)
         # The same seeds in every round and arm: differences are the policies', not the dice's.
         seeds = [(derive_seed(arm.seed, "held_out", prompt.id),) for prompt in arm.run.held_out]

@@ -12,7 +12,7 @@ from online_dpo.errors import JudgeError
 from online_dpo.files import digest_json, write_json
 from online_dpo.judging import AskedJudge, Item, abstain_reasons, asks_policy, judge_all, mean_details
 from online_dpo.records import write_verdicts
-from online_dpo.rounds import Pinned
+from online_dpo.rounds import Sampled
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.types import Candidate, Policy, Prompt
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def judge_round(
-    arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], sample: StageRecord
+    arm: Arm, folder: RoundFolder, pinned: Sampled, candidates: Sequence[Candidate], sample: StageRecord
 ) -> StageRecord:
     """Every candidate's verdict, or why there is none."""
 
@@ -63,7 +63,7 @@ def judge_round(
 
 
 def audit_round(
-    arm: Arm, folder: RoundFolder, pinned: Pinned, candidates: Sequence[Candidate], sample: StageRecord
+    arm: Arm, folder: RoundFolder, pinned: Sampled, candidates: Sequence[Candidate], sample: StageRecord
 ) -> StageRecord | None:
     """The judge audited on some of the round's prompts (audit.json, drawn); None where the experiment wants none."""
     spec = arm.run.experiment.audit
@@ -139,7 +139,7 @@ def _ready_judge(arm: Arm, source: Policy) -> AskedJudge:
     if asked.uses_policy:
         if arm.run.live_model is None:
             raise JudgeError(f"judge '{asked.name}' asks the policy, and there is no engine here to ask it by")
-        arm.run.learner.rest()
+        arm.run.rest_learner()
         arm.run.engine.load(source)
         asked.attach(arm.run.live_model(), source.digest)
     return asked

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,12 @@ class Leaving:
         finally:
             self._trainings.remove(asked)
             asked.unlink(missing_ok=True)
+
+    def wait_for_learners(self, seconds: float) -> None:
+        """Until no learner is at work that was asked to leave, or so many seconds are over."""
+        limit = time.monotonic() + seconds
+        while self._trainings and time.monotonic() < limit:
+            time.sleep(0.05)
 
     def leave_if_told(self) -> None:
         """Raise `KeyboardInterrupt` where SIGTERM came and no learner was left to heed it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from online_dpo.ahead import round_ahead
 from online_dpo.arms import Arm, Run
 from online_dpo.block_round import make_in_blocks
 from online_dpo.config import Experiment
@@ -12,6 +13,7 @@ from online_dpo.confounding import gold_in_training
 from online_dpo.errors import TrainingError
 from online_dpo.evaluate_stage import evaluate_policy, held_out_figures
 from online_dpo.human_pairs_stage import rank_human_pairs
+from online_dpo.lanes import run_side_by_side
 from online_dpo.off_policy_stage import off_policy_figures, score_off_policy
 from online_dpo.reference_stage import average_reference
 from online_dpo.rounds import Pinned, pin, sampled_in, still_needed
@@ -30,16 +32,27 @@ def run_experiment(run: Run) -> dict[str, str]:
     """
     for line in gold_in_training(run.experiment, run.judge_digest):
         run.progress.say(f"warning: {line}")
-    stopped: dict[str, str] = {}
-    for seed in run.experiment.seeds:
-        for name in run.experiment.run_order():
-            arm = Arm(run, name, seed, run.experiment.arm(name))
-            try:
-                run_arm(arm)
-            except TrainingError as error:
-                stopped[arm.label] = str(error)
-                run.progress.say(f"{arm.label} stopped: {error}")
-    return stopped
+    arms = arms_of(run)
+    left = sum(not arm.folder(arm.settings.rounds).closed for arm in arms)
+    lanes = min(run.experiment.cluster.lanes, left)
+    reasons = run_side_by_side(run, arms, run_or_stop, lanes) if lanes > 1 else [run_or_stop(arm) for arm in arms]
+    return {arm.label: reason for arm, reason in zip(arms, reasons, strict=True) if reason is not None}
+
+
+def arms_of(run: Run) -> list[Arm]:
+    """Every arm at every seed, in the order in which they are run."""
+    experiment = run.experiment
+    return [Arm(run, name, seed, experiment.arm(name)) for seed in experiment.seeds for name in experiment.run_order()]
+
+
+def run_or_stop(arm: Arm) -> str | None:
+    """`run_arm`; returns why training stopped the arm, None where it did not."""
+    try:
+        run_arm(arm)
+    except TrainingError as error:
+        arm.run.progress.say(f"{arm.label} stopped: {error}")
+        return str(error)
+    return None
 
 
 def run_arm(arm: Arm) -> None:
@@ -90,7 +103,8 @@ def _gather_and_train(arm: Arm, folder: RoundFolder, pinned: Pinned) -> tuple[Ro
     if source_kind(arm.settings.source) == "every_steps":
         return make_in_blocks(arm, folder, pinned)
     data = gather(arm, folder, pinned)
-    return data, train_round(arm, folder, pinned, data)
+    with round_ahead(arm, folder.index + 1):
+        return data, train_round(arm, folder, pinned, data)
 
 
 # --- figures ---

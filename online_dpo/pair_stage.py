@@ -10,7 +10,7 @@ from online_dpo.arms import Arm
 from online_dpo.files import digest_json
 from online_dpo.pairing import make_pairs
 from online_dpo.records import write_pairs
-from online_dpo.rounds import Pinned
+from online_dpo.rounds import Sampled
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.types import Abstain, Candidate, Verdict
@@ -19,7 +19,7 @@ from online_dpo.types import Abstain, Candidate, Verdict
 def pair_round(
     arm: Arm,
     folder: RoundFolder,
-    pinned: Pinned,
+    pinned: Sampled,
     candidates: Sequence[Candidate],
     verdicts: Sequence[Verdict | Abstain],
     before: tuple[StageRecord, StageRecord],

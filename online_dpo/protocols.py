@@ -175,3 +175,6 @@ class Progress(Protocol):
 
     def say(self, line: str) -> None:
         """One line for the person who watches."""
+
+    def beside(self) -> Progress:
+        """Where another thread tells of stages that go on at the same time. What it shows ends with this display."""

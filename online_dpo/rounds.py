@@ -15,13 +15,19 @@ from online_dpo.types import Policy, Prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
+class Sampled:
+    """What a round's answers are sampled with, which may be known before the round's start is."""
+
+    source: Policy
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned(Sampled):
     """A round's policies and prompts. `start` is where training begins: the policy of the round before."""
 
     start: Policy
-    source: Policy
     reference: Policy
-    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,8 @@ class ArmPolicies:
 
 
 def source_index(settings: ArmSettings, index: int) -> int:
-    """The round whose policy samples round `index` (1-based): current t−1, initial 0, every k: the last refresh.
+    """The round whose policy samples round `index` (1-based): current t−1, initial 0, every k: the last refresh,
+    lag k: t−1−k, or 0 where there is no such round.
 
     t−1 too for what samples nothing, where it is the policy that a judge may ask; for `refresh_when` in a round that
     samples; for a mixture, whose parts have their own (`part_indices`).
@@ -60,6 +67,8 @@ def source_index(settings: ArmSettings, index: int) -> int:
         return 0
     if isinstance(settings.source, SourceSpec) and settings.source.every is not None:
         return _last_refresh(settings.source.every, index)
+    if isinstance(settings.source, SourceSpec) and settings.source.lag is not None:
+        return max(0, index - 1 - settings.source.lag)
     return index - 1
 
 
@@ -122,7 +131,7 @@ def pin(folder: RoundFolder, policies: ArmPolicies, settings: ArmSettings, promp
     by_id = {prompt.id: prompt for prompt in prompts}
     if list(by_id) != pinned["prompts"]:
         raise RunFolderError(f"{folder.path}: the prompts pinned in round.json are not this round's")
-    return Pinned(found["start"], found["source"], found["reference"], prompts)
+    return Pinned(prompts=prompts, **found)
 
 
 def _entry(policies: ArmPolicies, index: int, at: int | None) -> dict[str, Any]:

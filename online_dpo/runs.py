@@ -7,11 +7,11 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import online_dpo
 from online_dpo.answers import AnswerEncoder
@@ -45,6 +45,9 @@ from online_dpo.store import RunStore, changed_keys
 from online_dpo.templates import use_template
 from online_dpo.tracking import missing_clients, open_tracking
 from online_dpo.types import Pair, Policy, Probe, Prompt
+
+if TYPE_CHECKING:
+    from online_dpo.backends.factory import Backends
 
 PROBE_TOKENS = 64
 """Length of the probe that tells which weights the engine holds."""
@@ -339,7 +342,7 @@ def _live(
     progress: Progress,
 ) -> Iterator[Run]:
     """A `Run` with its backends started, after the stage `sft` where the experiment has one."""
-    from online_dpo.backends.factory import start_backends
+    from online_dpo.backends.factory import ray_session, start_set
 
     experiment = store.experiment
     length = model_length(experiment, [*train, *held_out], _asks_policy(store))
@@ -350,16 +353,27 @@ def _live(
     bare = initial_model(store, Policy("initial", model.path, model.digest), datasets, probe_ids, progress)
     with (
         open_tracking(experiment, store.root, progress.say) or nullcontext() as tracking,
-        start_backends(
-            experiment,
-            bare,
-            probe_token_ids=probe_ids,
-            max_model_len=length,
-            say=progress.say,
-        ) as backends,
-        open_cache(store) as cache,
+        ray_session(experiment.cluster) as session,
+        ExitStack() as first,
     ):
-        yield Run(
+
+        @contextmanager
+        def started() -> Iterator[tuple[Backends, VerdictCache, Callable[[], EngineModel]]]:
+            with (
+                start_set(
+                    session, experiment, bare, probe_token_ids=probe_ids, max_model_len=length, say=progress.say
+                ) as backends,
+                open_cache(store) as cache,
+            ):
+                yield backends, cache, lambda: EngineModel(backends.engine, tokenizer, length)
+
+        @contextmanager
+        def open_lane() -> Iterator[Run]:
+            with started() as (own, cache, live_model):
+                yield run.lane(own.engine, own.learner, cache, live_model)
+
+        backends, cache, live_model = first.enter_context(started())
+        run = Run(
             store=store,
             experiment=experiment,
             initial=_initial_policy(store, bare, backends.learner, probe_ids),
@@ -371,9 +385,12 @@ def _live(
             judge_folders=(store.folder,),
             cache=cache,
             place_judge=backends.place_judge,
-            live_model=lambda: EngineModel(backends.engine, tokenizer, length),
+            live_model=live_model,
             tracking=tracking,
+            open_lane=open_lane,
+            end_lanes=session.end_sets,
         )
+        yield run
 
 
 def open_cache(store: RunStore) -> VerdictCache:

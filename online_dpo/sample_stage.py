@@ -13,18 +13,18 @@ from online_dpo.config import SamplingSpec
 from online_dpo.files import digest_json
 from online_dpo.protocols import SampleRequest
 from online_dpo.records import write_candidates
-from online_dpo.rounds import Pinned
+from online_dpo.rounds import Sampled
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.types import Candidate, Prompt
 
 
-def sample_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
+def sample_round(arm: Arm, folder: RoundFolder, pinned: Sampled) -> StageRecord:
     sampling = arm.settings.sampling
 
     def produce(out: Path) -> dict[str, Any]:
         # Before the engine takes its memory back, where the two share a GPU.
-        arm.run.learner.rest()
+        arm.run.rest_learner()
         probe_gap = arm.run.engine.load(pinned.source)
         seeds = [
             tuple(derive_seed(arm.seed, "sample", folder.index, prompt.id, i) for i in range(sampling.n))

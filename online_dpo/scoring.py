@@ -13,7 +13,7 @@ SCORED_AT_ONCE = 32
 
 def score_answers(arm: Arm, label: str, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
     """Per-token log-probs of each answer under `policy`, nats, by the learner's own forward."""
-    arm.run.engine.rest()
+    arm.run.rest_engine()
     logprobs: list[list[float]] = []
     arm.run.progress.start(f"{arm.label} · {label}", len(items), "answers")
     for start in range(0, len(items), SCORED_AT_ONCE):

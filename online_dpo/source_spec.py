@@ -53,7 +53,7 @@ class ShareSpec(Spec):
     source: Literal["current", "initial"] | SourceSpec
 
 
-KINDS = ("every", "every_steps", "refresh_when", "dataset", "spin", "stream", "history", "mixture")
+KINDS = ("every", "lag", "every_steps", "refresh_when", "dataset", "spin", "stream", "history", "mixture")
 """The keys of `SourceSpec` that say where pairs come from; exactly one is given."""
 
 EXTRAS = {"relabel": "dataset", "match": "dataset", "order": "stream", "take": "stream", "decay": "history"}
@@ -64,6 +64,9 @@ class SourceSpec(Spec):
     """Where pairs come from, but for the plain words `current` and `initial`. One of `KINDS`, and its extras."""
 
     every: Positive | None = Field(default=None, description="the source is refreshed every k rounds (semi-online)")
+    lag: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="round t is sampled by the policy of k rounds before its start, t−1−k; 0: current"
+    )
     every_steps: Positive | None = Field(
         default=None, description="refreshed every k optimiser steps within the round; 1: fully online"
     )

@@ -68,7 +68,7 @@ def round_job(
 
 def do_training(arm: Arm, folder: RoundFolder, work: TrainingData, job: TrainJob) -> dict[str, Any]:
     """Do `job`; returns the stage's figures."""
-    arm.run.engine.rest()
+    arm.run.rest_engine()
     began = time.perf_counter()
     shown = Shown(arm.run.progress, f"{arm.label} · {folder.title} train", work.units, work.unit)
     start, steps = train_shown(arm.run.learner, job, shown)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,8 @@ class Snapshot:
     said: str
     changed: float
     spent: dict[str, float]
+    beside: tuple[StageProgress, ...] = ()
+    """Stages that go on at the same time as `stage`: of other lanes, or of the next round."""
 
     @property
     def finished(self) -> bool:
@@ -77,14 +79,17 @@ def read_snapshot(root: Path) -> Snapshot:
     progress = _read(root / NAME) or {}
     working = _alive(progress)
     stage = progress.get("stage") if working else None
+    beside = progress.get("beside", []) if working else []
+    labels = [str(one["label"]) for one in (stage, *beside) if one is not None]
     return Snapshot(
         name=root.name if experiment is None else experiment.name,
-        rounds=() if experiment is None else tuple(_rounds(root, experiment, stage)),
+        rounds=() if experiment is None else tuple(_rounds(root, experiment, labels)),
         working=working,
         stage=None if stage is None else _stage(stage, progress["time"]),
         said=str(progress.get("said", "")) if working else "",
         changed=max(_times(root)),
         spent={} if experiment is None else read_spent(Path(experiment.judge_cache or root / "verdicts.sqlite")),
+        beside=tuple(_stage(one, progress["time"]) for one in beside),
     )
 
 
@@ -99,8 +104,7 @@ def _experiment(root: Path) -> Experiment | None:
         raise RunFolderError(f"{file} cannot be read by this version: {error}") from error
 
 
-def _rounds(root: Path, experiment: Experiment, stage: dict[str, Any] | None) -> Iterator[WatchedRound]:
-    label = "" if stage is None else str(stage["label"])
+def _rounds(root: Path, experiment: Experiment, labels: Sequence[str]) -> Iterator[WatchedRound]:
     for seed in experiment.seeds:
         for arm in experiment.arms:
             for index in range(experiment.arm(arm).rounds + 1):
@@ -111,7 +115,8 @@ def _rounds(root: Path, experiment: Experiment, stage: dict[str, Any] | None) ->
                     yield WatchedRound(arm, seed, index, "done", metrics=metrics)
                     continue
                 before = f"{arm} · seed {seed} · round {index} "
-                now = label.removeprefix(before) if label.startswith(before) else _begun(folder)
+                shown = [label.removeprefix(before) for label in labels if label.startswith(before)]
+                now = shown[0] if shown else _begun(folder)
                 yield WatchedRound(arm, seed, index, "running" if now else "waiting", now)
 
 

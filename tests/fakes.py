@@ -177,6 +177,8 @@ class Spoken:
         self.lines: list[str] = []
         self.stages: list[tuple[str, int]] = []
         self.done = 0
+        self.others: list[Spoken] = []
+        """What was told beside it."""
 
     def start(self, label: str, total: int, unit: str) -> None:
         self.stages.append((label, total))
@@ -190,3 +192,9 @@ class Spoken:
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+    def beside(self) -> Spoken:
+        other = Spoken()
+        other.lines = self.lines
+        self.others.append(other)
+        return other

@@ -159,7 +159,7 @@ def test_the_engine_holds_the_source_when_it_samples_and_the_new_policy_when_it_
 
 def test_each_side_rests_while_the_other_works(tmp_path: Path) -> None:
     """On one shared GPU the learner must have left before the engine samples, and the other way round."""
-    world = World(tmp_path / "run", experiment(arms={"a": {}}, rounds=1)).go()
+    world = World(tmp_path / "run", experiment(arms={"a": {}}, rounds=1, engine={"share_gpu": True})).go()
     resting = ""
     for call in world.calls:
         if call[0].endswith(" rest"):

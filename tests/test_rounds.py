@@ -35,6 +35,11 @@ def settings(**changes: Any) -> ArmSettings:
         ({"every": 3}, [0, 0, 0, 3, 3, 3]),
         ({"every": 4}, [0, 0, 0, 0, 4, 4]),
         ({"every": 6}, [0, 0, 0, 0, 0, 0]),  # the initial one in all of these rounds
+        # Round t by the policy after round t − 1 − k: none is older than the initial one.
+        ({"lag": 0}, [0, 1, 2, 3, 4, 5]),  # the current policy
+        ({"lag": 1}, [0, 0, 1, 2, 3, 4]),
+        ({"lag": 3}, [0, 0, 0, 0, 1, 2]),
+        ({"lag": 9}, [0, 0, 0, 0, 0, 0]),
     ],
 )
 def test_source(source: Any, rounds_1_to_6: list[int]) -> None:
@@ -77,6 +82,9 @@ def test_only_an_average_has_a_weight() -> None:
         ({"source": {"every": 2}}, [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, set()]),
         ({"source": {"every": 4}}, [{0}, {0, 1}, {0, 2}, {0, 3}, {4}, {4, 5}, set()]),
         ({"reference": {"every": 2}}, [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, set()]),
+        # Round t + 1 begins with policy t and is sampled by t − k; those between sample the rounds after it.
+        ({"source": {"lag": 1}}, [{0}, {0, 1}, {1, 2}, {2, 3}, {3, 4}, {4, 5}, set()]),
+        ({"source": {"lag": 2}}, [{0}, {0, 1}, {0, 1, 2}, {1, 2, 3}, {2, 3, 4}, {3, 4, 5}, set()]),
         # Sources 0 0 2 2 4 4, references 0 0 0 3 3 3.
         (
             {"source": {"every": 2}, "reference": {"every": 3}},

@@ -91,6 +91,8 @@ def ray_session(spec: ClusterSpec) -> Iterator[RaySession]:
 
     Raises `ConfigError` when there is no cluster at the address, `OnlineDPOError` when Ray does not start.
     """
+    # A thread that asks for something after its Ray has ended must not start another. Ray reads it when it is imported.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     address = None if spec.address is None else find_cluster(spec.address)
     if address is None or on_loopback(address):
         _keep_to_loopback()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from online_dpo.backends.ray_cluster import cores, wait
 from online_dpo.backends.ray_session import RaySession
 from online_dpo.config import JudgeSpec
 from online_dpo.errors import ConfigError, JudgeError, one_line
+from online_dpo.files import digest_json
 from online_dpo.judging import Comparison, Item, Judge, PairwiseJudge, PointwiseJudge, Score, load_judge
 from online_dpo.judging.loading import judge_class
 
@@ -51,6 +52,7 @@ class _Remote:
 
     def __init__(self, actor: ActorHandle, told: dict[str, Any], use: str) -> None:
         self.actor = actor
+        self.told = told
         self.use = use
         self.amounts: dict[str, float] = {}
         self.lock = threading.Lock()
@@ -108,13 +110,27 @@ def place_judge(spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
 
 @dataclass(frozen=True)
 class JudgePlacer:
-    """`place_judge` in a session: judges live until it ends. On a cluster each has a placement group of its own."""
+    """`place_judge` in a session: judges live until it ends. On a cluster each has a placement group of its own.
+
+    One process a judge, whoever asks for it: each gets something to ask it by, with a ledger of its own.
+    """
 
     session: RaySession
+    started: dict[str, Any] = field(default_factory=dict)
+    starting: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
         """Start the judge of `spec`: a `judging.Place`. Raises what `place_judge` does, and `ConfigError` where there
         is no room."""
+        key = digest_json([spec.model_dump(mode="json"), [str(folder) for folder in folders]])
+        with self.starting:
+            if key not in self.started:
+                self.started[key] = self._start(spec, folders)
+        one = self.started[key]
+        judge: Judge = type(one)(one.actor, one.told, one.use)
+        return judge
+
+    def _start(self, spec: JudgeSpec, folders: Sequence[Path]) -> Judge:
         if not self.session.joined:
             return place_judge(spec, folders)
         gpus, threads = _asked(spec)

@@ -48,6 +48,11 @@ class RaySession:
         self.placed.append(placed)
         return placed
 
+    def end_sets(self) -> None:
+        """Take back all room: what runs there ends, and whoever waits for it is told so."""
+        for placed in list(self.placed):
+            self.release(placed, [])
+
     def release(self, placed: Placed, actors: Sequence[ActorHandle]) -> None:
         """End `actors` and give their room back."""
         for actor in actors:
@@ -58,10 +63,10 @@ class RaySession:
 
     def threads(self, said: int | None, placed: Placed, at: int) -> int:
         """CPU threads of the process in bundle `at`: what the experiment says; else what it reserved of a cluster, and
-        of a machine of our own the cores that it shares with its like."""
+        of a machine of our own the cores that it shares with its like, in its own set and those of other lanes."""
         if said is not None or self.joined:
             return said or 1
-        return max(1, cores() // placed.alike_on_node(at))
+        return max(1, cores() // (placed.alike_on_node(at) * self.spec.lanes))
 
 
 @contextmanager
@@ -77,7 +82,6 @@ def open_session(spec: ClusterSpec, address: str | None) -> Iterator[RaySession]
     try:
         yield session
     finally:
-        for placed in list(session.placed):
-            session.release(placed, [])
+        session.end_sets()
         if ours:
             stop_ray()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class QuietProgress:
     def say(self, line: str) -> None:
         """One line for the person who watches."""
 
+    def beside(self) -> QuietProgress:
+        """Where another thread tells of stages that go on at the same time. What it shows ends with this display."""
+        return QuietProgress()
+
     def close(self) -> None:
         """Stop showing anything; a stage that is under way was interrupted."""
 
@@ -111,6 +116,10 @@ class PlainProgress(QuietProgress):
         """One line for the person who watches."""
         self._console.print(Text(clean(line)), soft_wrap=True)
 
+    def beside(self) -> PlainProgress:
+        """Lines among the others'."""
+        return PlainProgress(self._console, self._every, self._clock)
+
     def close(self) -> None:
         """A stage that is under way was interrupted: no line of success for it."""
         self._stage = None
@@ -124,19 +133,42 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.{1 if speed >= 1 else 3}f}/s" if speed else "")
 
 
-class RichProgress(PlainProgress):
-    """A bar with count, rate and time left on a terminal; the line of a finished stage stays."""
+class _Bars:
+    """The bars of all stages that go on at the same time, one below the other: a terminal has one place for them."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(console, every=float("inf"))
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._console = console
+        self._turn = threading.Lock()
+        self._shown: Progress | None = None
 
-    def start(self, label: str, total: int, unit: str) -> None:
-        """A stage of `total` units begins: a bar appears."""
-        self.close()
-        super().start(label, total, unit)
-        self._bar = Progress(
+    def add(self, label: str, total: int, unit: str) -> TaskID:
+        """One more bar."""
+        with self._turn:
+            if self._shown is None:
+                self._shown = self._begun()
+            return self._shown.add_task(label, total=total, unit=unit, note="")
+
+    def advance(self, task: TaskID, amount: int, note: str) -> None:
+        """A bar grows."""
+        with self._turn:
+            if self._shown is not None:
+                self._shown.update(task, advance=amount, note=note)
+
+    def remove(self, task: TaskID) -> None:
+        """A bar goes, and with the last one their place."""
+        with self._turn:
+            if self._shown is not None and task in self._shown.task_ids:
+                self._shown.remove_task(task)
+                if not self._shown.task_ids:
+                    self._end()
+
+    def close(self) -> None:
+        """Take all of them away; the terminal is left as it was."""
+        with self._turn:
+            self._end()
+
+    def _begun(self) -> Progress:
+        bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
@@ -147,29 +179,57 @@ class RichProgress(PlainProgress):
             console=self._console,
             transient=True,
         )
-        self._task = self._bar.add_task(clean(label), total=total, unit=clean(unit), note="")
-        self._bar.start()
+        bars.start()
+        return bars
+
+    def _end(self) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+        self._shown = None
+
+
+class RichProgress(PlainProgress):
+    """A bar with count, rate and time left on a terminal; the line of a finished stage stays."""
+
+    def __init__(self, console: Console, beside: _Bars | None = None) -> None:
+        """`beside`: the bars that its own are shown with; None: it has a display of its own."""
+        super().__init__(console, every=float("inf"))
+        self._own = beside is None
+        self._bars = beside or _Bars(console)
+        self._task: TaskID | None = None
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        """A stage of `total` units begins: a bar appears."""
+        self._stop()
+        super().start(label, total, unit)
+        self._task = self._bars.add(clean(label), total, clean(unit))
 
     def advance(self, amount: int, note: str = "") -> None:
         """`amount` more units of the current stage are done."""
         super().advance(amount, note)
-        if self._bar is not None and self._stage is not None:
-            self._bar.update(self._task, advance=amount, note=self._stage.note)
+        if self._task is not None and self._stage is not None:
+            self._bars.advance(self._task, amount, self._stage.note)
 
     def finish(self) -> None:
         """The current stage is done: its bar becomes a line."""
         self._stop()
         super().finish()
 
+    def beside(self) -> RichProgress:
+        """Bars below the others'."""
+        return RichProgress(self._console, self._bars)
+
     def close(self) -> None:
-        """Take the bar away; the terminal is left as it was."""
+        """Take the bars away; the terminal is left as it was."""
         self._stop()
+        if self._own:
+            self._bars.close()
         super().close()
 
     def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        self._bar = None
+        if self._task is not None:
+            self._bars.remove(self._task)
+        self._task = None
 
 
 def make_progress(quiet: bool, console: Console) -> QuietProgress:

@@ -34,6 +34,7 @@ def watched(run: Snapshot, now: float, height: int | None = None) -> Group:
     parts: list[RenderableType] = [_state(run, now)]
     if run.stage is not None:
         parts.append(Text(_stage(run.stage)))
+    parts += [Text(_stage(one)) for one in run.beside]
     if run.said:
         parts.append(Text(clean(run.said), no_wrap=True, overflow="ellipsis"))
     if arms:

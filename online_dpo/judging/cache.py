@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -45,14 +46,15 @@ def _add(hasher: hashlib._Hash, text: str) -> None:
 
 
 class VerdictCache:
-    """The file. Use from one thread; any number of processes may share it."""
+    """The file. Any number of threads and processes may share it; those that share an object take turns."""
 
     def __init__(self, path: Path) -> None:
         """Open or make `path`; `RunFolderError` when it cannot be, or is no such file."""
         self.path = path
+        self._turn = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.connection = sqlite3.connect(path, timeout=60.0, isolation_level=None)
+            self.connection = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
             # A killed process loses nothing that was committed; a power cut may lose the last transactions.
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=NORMAL")
@@ -103,7 +105,7 @@ class VerdictCache:
         if not lasting and not spent:
             return
         try:
-            with self.connection:
+            with self._turn, self.connection:
                 self.connection.execute("BEGIN IMMEDIATE")
                 self.connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", lasting)
                 self.connection.executemany(
@@ -124,7 +126,8 @@ class VerdictCache:
 
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         try:
-            return self.connection.execute(query, values).fetchall()
+            with self._turn:
+                return self.connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise RunFolderError(f"the verdict cache {self.path} cannot be read: {one_line(error)}") from error
 

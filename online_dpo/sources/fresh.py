@@ -7,7 +7,7 @@ from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pair_stage import pair_round
 from online_dpo.prompts import prompts_for_round
 from online_dpo.records import read_candidates, read_verdicts
-from online_dpo.rounds import Pinned
+from online_dpo.rounds import Sampled
 from online_dpo.sample_stage import sample_round
 from online_dpo.sources.round_data import RoundData
 from online_dpo.store import RoundFolder
@@ -19,7 +19,7 @@ def fresh_prompts(arm: Arm, index: int) -> tuple[Prompt, ...]:
     return prompts_for_round(arm.run.train_prompts, arm.seed, index, arm.run.experiment.prompts.per_round)
 
 
-def gather_fresh(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
+def gather_fresh(arm: Arm, folder: RoundFolder, pinned: Sampled) -> RoundData:
     """Sample from the round's source, judge, audit the judge, pair."""
     sample = sample_round(arm, folder, pinned)
     candidates = read_candidates(folder.path / "candidates.parquet")

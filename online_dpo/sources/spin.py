@@ -40,7 +40,7 @@ def _sample_against(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecor
     def produce(out: Path) -> dict[str, Any]:
         rows = row_of_prompts(arm, folder.index, pinned.prompts)
         prompts = [prompt for prompt in pinned.prompts if prompt.id in rows]
-        arm.run.learner.rest()
+        arm.run.rest_learner()
         probe_gap = arm.run.engine.load(pinned.source)
         seeds = [
             tuple(derive_seed(arm.seed, "sample", folder.index, prompt.id, i) for i in range(sampling.n))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,17 @@ class Tracking:
         self._file = file
         self._say = say
         self._written: dict[str, list[str]] = _read(file)
+        self._turn = threading.Lock()
         self._failed: dict[str, int] = {}
         self._in_a_row: dict[str, int] = {}
 
     def closed(self, rounds: Iterable[dict[str, Any]]) -> None:
         """Write the last of `rounds` (metrics.json of an arm and seed, from round 0), and any before it that a service
-        does not have yet."""
+        does not have yet. Several threads may call it; one is heard at a time."""
+        with self._turn:
+            self._closed(rounds)
+
+    def _closed(self, rounds: Iterable[dict[str, Any]]) -> None:
         before = 0
         for metrics in rounds:
             name = f"{metrics['arm']}/seed_{metrics['seed']}/round_{metrics['round']:02d}"
