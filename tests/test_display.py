@@ -396,6 +396,26 @@ def test_terminal_shows_a_bar_and_leaves_a_line() -> None:
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is shown again"
 
 
+def test_stages_of_several_threads_have_a_bar_each() -> None:
+    """One below the other while both go on; each leaves its line. The first display's end takes all of them away."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=WIDTH, color_system=None)
+    with RichProgress(console) as progress:
+        beside = progress.beside()
+        progress.start("one", 4, "pairs")
+        beside.start("two", 3, "answers")
+        progress.advance(4)
+        progress.finish()
+        beside.advance(3)
+        beside.finish()
+        beside.start("cut short", 4, "pairs")
+    text = file.getvalue()
+    assert "one: 4 pairs in " in text and "two: 3 answers in " in text
+    assert "3/3 answers" in text
+    assert "cut short:" not in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is shown again"
+
+
 def test_advance_without_a_stage_is_harmless() -> None:
     progress, _, file = plain()
     progress.advance(1)

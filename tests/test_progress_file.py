@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,43 @@ def test_a_clock_that_is_set_back_stops_nothing(tmp_path: Path, monkeypatch: pyt
     progress.finish()
     stage = written(tmp_path)["stage"]
     assert 0.0 <= stage["ended"] - stage["began"] < 60.0
+
+
+def test_stages_of_other_threads_stand_beside_while_they_go_on(tmp_path: Path) -> None:
+    told = Told()
+    progress = RecordedProgress(told, tmp_path)
+    progress.start("a · seed 0 · round 1 train", 4, "pairs")
+    beside = progress.beside()
+    beside.start("a · seed 0 · round 2 sample", 12, "answers")
+    progress.finish()
+    assert written(tmp_path)["stage"]["label"] == "a · seed 0 · round 1 train"
+    assert [(one["label"], one["total"], one["ended"]) for one in written(tmp_path)["beside"]] == [
+        ("a · seed 0 · round 2 sample", 12, None)
+    ]
+    beside.advance(12)
+    beside.finish()
+    assert written(tmp_path)["beside"] == []
+    assert told.calls == [("start", "a · seed 0 · round 1 train", 4, "pairs"), ("finish",)]
+
+
+def test_threads_that_tell_at_once_leave_the_file_whole(tmp_path: Path) -> None:
+    """Each writing replaces the file by the same one beside it: two at a time would find it gone."""
+    progress = RecordedProgress(QuietProgress(), tmp_path, every=0.0)
+    faults: list[BaseException] = []
+
+    def tell(shown: QuietProgress) -> None:
+        try:
+            shown.start("sample", 100, "answers")
+            for _ in range(100):
+                shown.advance(1)
+            shown.finish()
+        except OSError as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=tell, args=(progress.beside(),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert written(tmp_path)["beside"] == []

@@ -157,10 +157,12 @@ class _Bars:
     def remove(self, task: TaskID) -> None:
         """A bar goes, and with the last one their place."""
         with self._turn:
-            if self._shown is not None and task in self._shown.task_ids:
+            if self._shown is None or task not in self._shown.task_ids:
+                return
+            if len(self._shown.task_ids) == 1:
+                self._end()
+            else:
                 self._shown.remove_task(task)
-                if not self._shown.task_ids:
-                    self._end()
 
     def close(self) -> None:
         """Take all of them away; the terminal is left as it was."""
