@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,7 +66,9 @@ class Desk:
         }
         rows = [json.dumps({"prompt": f"Tell me of number {i}."}) for i in range(12)]
         (folder / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
-        monkeypatch.setattr(factory, "start_backends", self._backends)
+        session = SimpleNamespace(end_sets=lambda: None)
+        monkeypatch.setattr(factory, "ray_session", lambda _: nullcontext(session))
+        monkeypatch.setattr(factory, "start_set", self._backends)
 
     @contextmanager
     def _backends(self, *_: Any, **__: Any) -> Iterator[factory.Backends]:

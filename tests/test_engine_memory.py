@@ -33,7 +33,11 @@ def allocator_error() -> RuntimeError:
     raise AssertionError("this machine has an exabyte")
 
 
-ERRORS = {"cpu": allocator_error, "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory"), "python": MemoryError}
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "cpu": allocator_error,
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory"),
+    "python": MemoryError,
+}
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ PAUSE_S = 0.05
 def said(question: bytes) -> dict[str, Any]:
     """A verdict whose probability is a digest's."""
     p = 0.05 + 0.9 * hashlib.sha256(question).digest()[0] / 255
-    tops = [{"token": token, "logprob": math.log(q), "bytes": None} for token, q in (("A", p), ("B", 1 - p))]
-    tops.sort(key=lambda top: -top["logprob"])
+    likely = sorted({"A": p, "B": 1 - p}.items(), key=lambda pair: -pair[1])
+    tops = [{"token": token, "logprob": math.log(q), "bytes": None} for token, q in likely]
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": tops[0]["token"]},
