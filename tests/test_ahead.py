@@ -157,6 +157,7 @@ def test_what_fails_ahead_ends_the_run_in_the_same_line_once_the_round_is_traine
     assert results(resumed.root) == results(in_sequence(tmp_path / "after", lagging()).go().root)
 
 
+@pytest.mark.slow
 def test_an_arm_that_training_stops_leaves_nothing_of_the_round_ahead(tmp_path: Path) -> None:
     """Training fails in round 2, while round 3 is sampled; the next arm goes on with the same engine."""
     spec = lagging(arms={"late": {"source": {"lag": 1}}, "later": {"source": {"lag": 1}, "dpo": {"beta": 0.2}}})
@@ -211,6 +212,7 @@ def test_an_interrupt_stops_both_and_the_resumed_run_ends_the_same(tmp_path: Pat
     assert results(resumed.root) == results(in_sequence(tmp_path / "after", lagging()).go().root)
 
 
+@pytest.mark.slow
 def test_killed_at_any_stage_ahead_it_is_resumed_to_the_same_end(tmp_path: Path) -> None:
     """The folder as a kill would leave it: round 3 ahead with none, some or all of its stages, one half laid out."""
     spec = lagging(rounds=3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import threading
 import time
@@ -40,27 +39,19 @@ def in_lanes(count: int, **changes: Any) -> Experiment:
     return experiment(cluster={"lanes": count}, **changes)
 
 
-class UnevenEngine(FakeEngine):
-    """Takes as long as it likes."""
+class SlowEngine(FakeEngine):
+    """The first lane's: left alone, the others would do what is its to do."""
 
     def sample(self, requests: Sequence[SampleRequest], sampling: SamplingSpec) -> Iterator[list[Candidate]]:
-        time.sleep(random.random() * 0.02)
+        time.sleep(0.03)
         yield from super().sample(requests, sampling)
 
 
-class UnevenLearner(FakeLearner):
-    """The same of a learner."""
-
-    def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
-        time.sleep(random.random() * 0.02)
-        yield from super().train(job)
-
-
 class Lanes(World):
-    """A run whose lanes are of `parts`."""
+    """A run whose other lanes have a quick engine, and a learner of `parts`."""
 
     def __init__(self, root: Path, spec: Experiment, **parts: Any) -> None:
-        super().__init__(root, spec, **{"engine": UnevenEngine, "learner": UnevenLearner} | parts)
+        super().__init__(root, spec, **{"engine": SlowEngine} | parts)
         self.opened = 0
         self.run.open_lane = self._open
         self.ended = threading.Event()
@@ -69,11 +60,8 @@ class Lanes(World):
     @contextmanager
     def _open(self) -> Iterator[Run]:
         self.opened += 1
-        yield self.run.lane(self.parts.get("engine", UnevenEngine)(self.calls), self.learner())
-
-    def learner(self) -> FakeLearner:
-        made: FakeLearner = self.parts.get("learner", UnevenLearner)(self.calls)
-        return made
+        learner: FakeLearner = self.parts.get("learner", FakeLearner)(self.calls)
+        yield self.run.lane(FakeEngine(self.calls), learner)
 
 
 def records(root: Path) -> dict[str, Any]:
@@ -148,6 +136,7 @@ def test_arms_go_side_by_side_from_where_they_differ(tmp_path: Path) -> None:
     Lanes(tmp_path / "run", in_lanes(2, arms={"a": {}, "b": {"dpo": {"beta": 0.2}}}), learner=Meeting).go()
 
 
+@pytest.mark.slow
 def test_an_arm_that_another_one_streams_is_finished_first(tmp_path: Path) -> None:
     """The free lane takes the arm after it meanwhile."""
     arms = {"replayed": {"source": {"stream": "made"}}, "made": {}, "other": {"dpo": {"beta": 0.2}}}
@@ -155,6 +144,7 @@ def test_an_arm_that_another_one_streams_is_finished_first(tmp_path: Path) -> No
     assert records(world.root) == records(World(tmp_path / "one", experiment(arms=arms)).go().root)
 
 
+@pytest.mark.slow
 def test_training_stops_an_arm_and_no_other(tmp_path: Path) -> None:
     def learner(calls: list[tuple[Any, ...]]) -> FakeLearner:
         return FakeLearner(calls, stop=lambda policy_id: policy_id == "b/seed_0/round_02")

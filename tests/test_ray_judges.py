@@ -11,7 +11,9 @@ import pytest
 import ray
 
 from online_dpo.backends import ray_cluster as cluster
-from online_dpo.backends.ray_judges import place_judge
+from online_dpo.backends.ray_judges import JudgePlacer, place_judge
+from online_dpo.backends.ray_session import RaySession
+from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.config import JudgeSpec
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.judging import Asking, PairwiseJudge, VerdictCache, judge_all, open_judge
@@ -94,6 +96,20 @@ def test_it_judges_in_another_process_with_its_own_threads(far: Callable[..., An
     assert asked.take_ledger() == {"asked": 4, "cached": 0, "calls": 1}
     assert asked.batch == 2
     assert asked.judge.each_alone is True
+
+
+def test_who_asks_for_the_same_judge_gets_the_same_process_and_a_ledger_of_its_own(
+    live_ray: None, beside: Path, tmp_path: Path
+) -> None:
+    """Two lanes of a run: a reward model is loaded once, and each stage counts its own calls."""
+    placer = JudgePlacer(RaySession(ClusterSpec()))
+    spec = JudgeSpec.model_validate({"use": "far_judges:Far", "actor": {"threads": 1}})
+    first, second = (open_judge(spec, [beside], Asking(), placer) for _ in range(2))
+    answers = [judge_all(asked, PROMPTS, CANDIDATES, max_abstain=0) for asked in (first, second, second)]
+    processes = {verdict.details["process"] for row in answers for verdict in row if isinstance(verdict, Verdict)}
+    assert len(processes) == 1
+    assert first.take_ledger() == {"asked": 4, "cached": 0, "calls": 1}
+    assert second.take_ledger() == {"asked": 8, "cached": 0, "calls": 2}
 
 
 def test_what_it_said_is_cached_here(far: Callable[..., Any]) -> None:

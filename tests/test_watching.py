@@ -106,6 +106,19 @@ def test_a_run_under_way_says_stage_rate_and_time_left(tmp_path: Path) -> None:
     assert "a line" in text
 
 
+def test_stages_that_go_on_at_the_same_time_are_all_said(tmp_path: Path) -> None:
+    """Two lanes: each has its line, and its arm's row says what is done."""
+    world = killed_run(tmp_path / "run")
+    beside = {"label": "self_offline · seed 0 · round 0 evaluate", "done": 1, "total": 3, "unit": "answers", "note": ""}
+    recorded(world.root, beside=[beside | {"began": 111.0, "ended": None}])
+    run = read_snapshot(world.root)
+    assert states(run)["on_policy", 2] == states(run)["self_offline", 0] == "running"
+    text = shown(run)
+    assert "on_policy · seed 0 · round 2 train: 6 of 18 pairs" in text
+    assert "self_offline · seed 0 · round 0 evaluate: 1 of 3 answers, 1.0/s, 0:02 left" in text
+    assert "round 0: evaluate" in text
+
+
 def test_a_killed_run_shows_where_it_stood(tmp_path: Path) -> None:
     """The folder beside the train stage tells its name; the process of the progress file is no more."""
     world = killed_run(tmp_path / "run")
