@@ -191,7 +191,7 @@ def test_no_pair_in_any_block_stops_the_arm(tmp_path: Path) -> None:
 
 
 def test_each_side_rests_while_the_other_works(tmp_path: Path) -> None:
-    world = World(tmp_path / "run", online()).go()
+    world = World(tmp_path / "run", online(engine={"share_gpu": True})).go()
     resting = ""
     for call in world.calls:
         if call[0].endswith(" rest"):

@@ -6,21 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stories import Outcome, results, run, uninterrupted
+from stories import results, run
 
 pytestmark = pytest.mark.slow
 
+SEEDS: dict[str, Any] = {"seeds": [0, 1], "rounds": 3}
 LATE: dict[str, Any] = {"arms": {"late": {"source": {"lag": 1}}}, "rounds": 3}
 
 
-def test_two_lanes_give_the_bytes_of_one(small_model: Path, tmp_path: Path, tmp_path_factory: Any) -> None:
-    """Two arms of one seed; each lane has an engine and a learner in processes of their own, of one thread each."""
-    one: Outcome = uninterrupted(tmp_path_factory.getbasetemp() / "stories", small_model)
-    two = run(tmp_path, small_model, "tiny", cluster={"lanes": 2})
+def test_two_lanes_give_the_bytes_of_one(small_model: Path, tmp_path: Path) -> None:
+    """Two arms at two seeds; each lane has an engine and a learner in processes of their own, of one thread each."""
+    one = run(tmp_path / "one", small_model, "seeds", **SEEDS)
+    assert one.status == 0, one.stderr
+    two = run(tmp_path / "two", small_model, "seeds", cluster={"lanes": 2}, **SEEDS)
     assert two.status == 0, two.stderr
     found, expected = results(two.root), results(one.root)
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
+    first, *others = sorted((two.root / "arms").glob("*/seed_*"), key=lambda arm: min(_times(arm)))
+    assert any(min(_times(other)) < max(_times(first)) for other in others), "nothing was side by side"
+
+
+def _times(arm: Path) -> list[int]:
+    """When the arm's rounds were closed."""
+    return [path.stat().st_mtime_ns for path in arm.glob("round_*/metrics.json")]
 
 
 def test_rounds_sampled_ahead_give_the_bytes_of_one_after_the_other(small_model: Path, tmp_path: Path) -> None:

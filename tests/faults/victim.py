@@ -81,8 +81,9 @@ class Victim:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def said(self) -> str:
-        """What it wrote to stderr, its end."""
-        return self.err.read_text(encoding="utf-8", errors="replace")[-1500:].strip()
+        """The ends of what it wrote, to stdout and to stderr."""
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in (self.out, self.err)]
+        return " / ".join(text[-1500:].strip() for text in texts if text.strip())
 
     def error(self) -> str:
         """The line by which it says what went wrong; empty when there is none, or a trace beside it."""

@@ -61,7 +61,7 @@ def _chain(ground: Ground, reference: Reference, moments: list[Moment], hit: Cou
             break
         left, took = victim.gone()
         kills.append(at_kill(root))
-        hit[place.rpartition(" ")[2]] += 1
+        hit["between two stages" if place.startswith("between") else place.rpartition(" ")[2]] += 1
         seen.append((f"killed in {place}", f"all of it gone after {took:.1f} s", left))
     last = Victim(folder, "run", "experiment.yaml", "--quiet")
     status = last.end()
