@@ -60,7 +60,8 @@ def test_another_judge_judges_the_same_answers(finished: World) -> None:
         assert new["on_policy", index] == finished.folder("on_policy", index).metrics
         ours, theirs = world.folder("on_policy", index).path, finished.folder("on_policy", index).path
         assert (ours / "held_out.parquet").stat().st_ino == (theirs / "held_out.parquet").stat().st_ino
-    assert new["on_policy", 2]["reused"] == ["sample"]
+    # The two judges may choose the same pairs: then the policy is the same, and so is what was measured of it.
+    assert [stage for stage in new["on_policy", 2]["reused"] if stage != "evaluate"] == ["sample"]
     record = world.folder("on_policy", 2).done("sample")
     assert record is not None
     assert record.reused_from == "forked_from/arms/on_policy/seed_0/round_02"

@@ -82,9 +82,10 @@ def test_only_an_average_has_a_weight() -> None:
         ({"source": {"every": 2}}, [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, set()]),
         ({"source": {"every": 4}}, [{0}, {0, 1}, {0, 2}, {0, 3}, {4}, {4, 5}, set()]),
         ({"reference": {"every": 2}}, [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, set()]),
-        # Round t + 1 begins with policy t and is sampled by t − k; those between sample the rounds after it.
+        # Round t + 1 begins with policy t and is sampled by t − k; those between sample the rounds after it. The last
+        # round, 6, is sampled by policy 3 where k = 2: policy 4 would sample a seventh.
         ({"source": {"lag": 1}}, [{0}, {0, 1}, {1, 2}, {2, 3}, {3, 4}, {4, 5}, set()]),
-        ({"source": {"lag": 2}}, [{0}, {0, 1}, {0, 1, 2}, {1, 2, 3}, {2, 3, 4}, {3, 4, 5}, set()]),
+        ({"source": {"lag": 2}}, [{0}, {0, 1}, {0, 1, 2}, {1, 2, 3}, {2, 3, 4}, {3, 5}, set()]),
         # Sources 0 0 2 2 4 4, references 0 0 0 3 3 3.
         (
             {"source": {"every": 2}, "reference": {"every": 3}},
