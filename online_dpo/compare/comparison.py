@@ -10,7 +10,7 @@ from typing import Any, Literal
 from online_dpo.measure import Interval
 
 Verdict = Literal["better", "worse", "inconclusive"]
-Measure = Literal["reward", "gold", "win_rate", "length_controlled"]
+Measure = Literal["reward", "gold", "win_rate", "length_controlled", "equal_kl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,10 @@ class Difference:
     """Arm `a` against arm `b` at their selected rounds, by one measure.
 
     `interval`: of a − b for `reward` and `gold` (judge's units), of the share of prompts on which a wins (ties half, by
-    gold reward where there is a gold judge) for `win_rate` and `length_controlled`. `p`: two-sided, of no difference;
-    `p_corrected`: Holm's, over all `family` differences of the same measure. The verdict is by `p_corrected`.
+    gold reward where there is a gold judge) for `win_rate` and `length_controlled`, and for `equal_kl` of a − b (gold
+    reward where there is a gold judge) where both are equally far from the initial policy, whatever the rounds. `p`:
+    two-sided, of no difference; `p_corrected`: Holm's, over all `family` differences of the same measure. The verdict
+    is by `p_corrected`.
     `more_prompts`, `more_seeds`: about how many more would decide it with a chance of 80 % if the difference is what it
     seems (None: decided, or no number of these alone would, or there is one seed, which says nothing of others).
     `abstained`: prompts left out because a judge abstained on one of their answers.
@@ -39,6 +41,8 @@ class Difference:
     sentence: str
     abstained: int = 0
     family: int = 1
+    kl: float | None = None
+    """Of `equal_kl`: KL(π‖π₀), nats a sequence; None for the other measures."""
 
     def said(self, sentence: str) -> Difference:
         """The same with its sentence."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 
 from online_dpo.compare.comparison import Difference, Measure, Selected, Verdict
 from online_dpo.compare.crossed import LEVEL
+from online_dpo.compare.equal_kl import cells_at, common_kl
 from online_dpo.compare.estimates import Estimate, mean_difference, share, wins_of
 from online_dpo.compare.grid import INITIAL, Column, Grid, cells, complete
 from online_dpo.compare.holm import holm
@@ -66,7 +67,8 @@ def differences(field: Field, contrasts: Sequence[tuple[str, str]] = ()) -> tupl
     measures: list[Measure] = ["reward", "win_rate", "length_controlled"]
     if field.grid.has_gold:
         measures.insert(1, "gold")
-    return tuple(difference for measure in measures for difference in _family(field, measure, pairs))
+    found = [difference for measure in measures for difference in _family(field, measure, pairs)]
+    return (*found, *_at_equal_kl(field.grid, [pair for pair in pairs if INITIAL not in pair]))
 
 
 def win_matrix(field: Field) -> dict[str, dict[str, Interval]]:
@@ -94,11 +96,28 @@ def estimate(field: Field, measure: Measure, a: str, b: str) -> tuple[Estimate, 
 
 def _family(field: Field, measure: Measure, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
     """All differences of one measure, corrected together."""
-    found = [estimate(field, measure, a, b) for a, b in pairs]
-    corrected = holm([one.p for one, _ in found])
+    return _corrected(measure, [(pair, *estimate(field, measure, *pair)) for pair in pairs])
+
+
+def _at_equal_kl(grid: Grid, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+    """Those of `pairs` that have a KL in common, on all prompts: no round is chosen by its scores."""
+    found, levels = [], []
+    for a, b in pairs:
+        kl = common_kl(grid, a, b)
+        if kl is not None:
+            sides, lost = complete(*(cells_at(grid.arms[label], kl, grid.deciding) for label in (a, b)))
+            found.append(((a, b), mean_difference(sides[0] - sides[1]), lost))
+            levels.append(kl)
+    bare = _corrected("equal_kl", found)
+    measured = [replace(one, kl=kl) for one, kl in zip(bare, levels, strict=True)]
+    return [one.said(sentence_of(one)) for one in measured]
+
+
+def _corrected(measure: Measure, found: Sequence[tuple[tuple[str, str], Estimate, int]]) -> list[Difference]:
+    corrected = holm([one.p for _, one, _ in found])
     return [
-        _difference(measure, pair, one, lost, p, len(pairs))
-        for pair, (one, lost), p in zip(pairs, found, corrected, strict=True)
+        _difference(measure, pair, one, lost, p, len(found))
+        for (pair, one, lost), p in zip(found, corrected, strict=True)
     ]
 
 

@@ -44,6 +44,8 @@ def _differences(found: Comparison, measure: Measure) -> Table:
     )
     for header in ("arm", "against"):
         table.add_column(header, overflow="fold", max_width=16)
+    if measure == "equal_kl":
+        table.add_column("KL", justify="right")
     for header in ("a − b" if measure in UNITS else "a wins", corrected, "verdict"):
         table.add_column(header, justify="left" if header == "verdict" else "right", overflow="fold")
     table.add_column("would decide it", overflow="fold")
@@ -57,6 +59,7 @@ def _difference_cells(one: Difference) -> tuple[str, ...]:
     return (
         one.a,
         one.b,
+        *(() if one.kl is None else (number(one.kl, places=2),)),
         shown,
         p_value(one.p_corrected).removeprefix("= "),
         one.verdict,

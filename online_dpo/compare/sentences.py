@@ -8,12 +8,13 @@ from online_dpo.compare.comparison import Difference, Measure
 from online_dpo.display import interval, number
 from online_dpo.measure import Interval
 
-UNITS: dict[Measure, str] = {"reward": "reward", "gold": "gold reward"}
+UNITS: dict[Measure, str] = {"reward": "reward", "gold": "gold reward", "equal_kl": "reward at equal KL"}
 NAMES: dict[Measure, str] = {
     "reward": "reward",
     "gold": "gold reward",
     "win_rate": "win rate",
     "length_controlled": "length-controlled win rate",
+    "equal_kl": "reward at equal KL",
 }
 SHOWN = 3
 """Differences named in one sentence."""
@@ -52,7 +53,7 @@ def verdict_sentence(differences: Sequence[Difference], measure: Measure) -> str
 def amount(one: Difference) -> str:
     """`0.120 [0.050, 0.190] reward`, or `wins on 62 % [55, 69] of prompts`."""
     if one.measure in UNITS:
-        return f"{interval(one.interval.as_dict(), sign=True)} {UNITS[one.measure]}"
+        return f"{interval(one.interval.as_dict(), sign=True)} {_unit(one)}"
     return f"wins on {percent(one.interval)} of prompts{_controlled(one)}"
 
 
@@ -101,7 +102,12 @@ def _by(one: Difference) -> str:
     found = one.interval
     if found.mean < 0:
         found = Interval(-found.mean, -found.high, -found.low, found.n)
-    return f"by {interval(found.as_dict())} {UNITS[one.measure]}"
+    return f"by {interval(found.as_dict())} {_unit(one)}"
+
+
+def _unit(one: Difference) -> str:
+    """`gold reward`, `reward at equal KL (3.2 nats)`."""
+    return UNITS[one.measure] + ("" if one.kl is None else f" ({number(one.kl, places=2)} nats)")
 
 
 def _controlled(one: Difference) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from online_dpo.compare import Difference, Measure
 from online_dpo.confounding import confounded_settings
 from online_dpo.measure import Interval
-from online_dpo.report.document import Cell, Section, Table, bounds, chance, count, percent, words
+from online_dpo.report.document import Cell, Section, Table, bounds, chance, count, figure, percent, words
 from online_dpo.report.subject import Subject
 
 TITLES: dict[Measure, str] = {
@@ -15,11 +15,13 @@ TITLES: dict[Measure, str] = {
     "gold": "Reward by the gold judge, a − b",
     "win_rate": "Prompts on which a wins against b, ties half",
     "length_controlled": "The same at equal length (length-controlled)",
+    "equal_kl": "Reward where both are equally far from the initial policy (the gold judge's if there is one), a − b",
 }
 SHARES: tuple[Measure, ...] = ("win_rate", "length_controlled")
 NOTE = (
     "each arm at its selected round; brackets: 95 % intervals over prompts and seeds; p corrected: Holm's, over all "
-    "differences in a table; more prompts, more seeds: about how many would decide it"
+    "differences in a table; more prompts, more seeds: about how many would decide it; KL: nats an answer, as far as "
+    "the shorter of the two paths goes, rewards between two rounds read off a straight line in √KL"
 )
 
 
@@ -67,7 +69,9 @@ def warnings(subject: Subject) -> Section:
 def _differences(subject: Subject, measure: Measure) -> Table:
     rows = [_row(one, measure) for one in subject.comparison.differences if one.measure == measure]
     name = "difference" if measure not in SHARES else "share"
-    columns = ("a", "b", name, "verdict", "p", "p corrected", "prompts", "seeds", "more prompts", "more seeds")
+    level = ("KL",) if measure == "equal_kl" else ()
+    rest = ("verdict", "p", "p corrected", "prompts", "seeds", "more prompts", "more seeds")
+    columns = ("a", "b", *level, name, *rest)
     return Table(f"differences_{measure}", TITLES[measure], columns, tuple(rows))
 
 
@@ -75,6 +79,7 @@ def _row(one: Difference, measure: Measure) -> tuple[Cell, ...]:
     return (
         words(one.a),
         words(one.b),
+        *(() if one.kl is None else (figure(one.kl, places=2),)),
         _interval(one.interval, measure),
         words(one.verdict),
         chance(one.p),
