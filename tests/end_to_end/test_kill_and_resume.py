@@ -48,11 +48,11 @@ def test_interrupted_it_ends_with_the_same_bytes(outcome: Outcome, small_model: 
     root = write_experiment(tmp_path, small_model, "tiny")
     offline = root / "arms" / "self_offline" / "seed_0" / "round_02"
     killed = Started(tmp_path, "run", "experiment.yaml")
-    killed.wait_for((offline.parent / "round_01" / ".train.tmp").exists)
+    killed.wait_for((offline.parent / "round_01").exists)
     killed.kill()
 
     interrupted = Started(tmp_path, "resume", str(root))
-    interrupted.wait_for((offline / ".sample.tmp").exists)
+    interrupted.wait_for((offline / "round.json").exists)
     began = time.monotonic()
     interrupted.interrupt()
     assert interrupted.end(60) == 130

@@ -10,12 +10,13 @@ from stories import results, run
 
 pytestmark = pytest.mark.slow
 
-SEEDS: dict[str, Any] = {"seeds": [0, 1], "rounds": 3}
+SEEDS: dict[str, Any] = {"seeds": [0, 1, 2, 3], "rounds": 3}
+"""Eight arms: enough that some are left when the second lane has started its processes."""
 LATE: dict[str, Any] = {"arms": {"late": {"source": {"lag": 1}}}, "rounds": 3}
 
 
 def test_two_lanes_give_the_bytes_of_one(small_model: Path, tmp_path: Path) -> None:
-    """Two arms at two seeds; each lane has an engine and a learner in processes of their own, of one thread each."""
+    """Two arms at four seeds; each lane has an engine and a learner in processes of their own, of one thread each."""
     one = run(tmp_path / "one", small_model, "seeds", **SEEDS)
     assert one.status == 0, one.stderr
     two = run(tmp_path / "two", small_model, "seeds", cluster={"lanes": 2}, **SEEDS)
