@@ -3,6 +3,7 @@
 # make test-slow    the slow tests: real vLLM, Ray and SmolLM2
 # make bench        every figure against what people use: hours; choose with ARGS (tests/benchmarks/README.md)
 # make faults       kill, fill, damage, interrupt: small real runs, each held against one that nobody disturbed (an hour)
+# make bad-input    every wrong file, key, option and folder: each must end in one line with nothing lost (minutes)
 # make soak         200 rounds in one process: memory, open files, shared memory and seconds a round
 # make lint         ruff and mypy
 # make lock         resolve both locks anew (needs uv)
@@ -16,7 +17,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow bench faults soak lint lock clean environment
+.PHONY: help quickstart test test-slow bench faults bad-input soak lint lock clean environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -53,6 +54,9 @@ bench: $(PROJECT)
 
 faults: $(PROJECT)
 	@$(BIN)/python tests/faults/faults.py $(ARGS)
+
+bad-input: $(PROJECT)
+	@$(BIN)/python tests/bad_input/bad_input.py $(ARGS)
 
 soak: $(PROJECT)
 	@$(BIN)/python tests/faults/soak.py $(ARGS)
