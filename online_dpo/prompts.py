@@ -108,7 +108,10 @@ def encode(messages: Sequence[Message], tokenizer: Any, where: str = "prompt") -
     Raises `DataError`, beginning with `where`, when the messages do not fit the tokenizer.
     """
     if has_template(tokenizer):
-        return _encode_chat(messages, tokenizer, where)
+        token_ids = _encode_chat(messages, tokenizer, where)
+        if not token_ids:
+            raise DataError(f"{where}: the model's chat template writes nothing for it, so there is nothing to answer")
+        return token_ids
     if len(messages) != 1 or messages[0].role != "user":
         raise DataError(
             f"{where}: the model's tokenizer has no chat template, so a prompt is one plain text: "

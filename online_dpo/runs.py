@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -18,11 +19,12 @@ from online_dpo.answers import AnswerEncoder
 from online_dpo.arms import Run
 from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.dataset_rows import DatasetRows, Reading
-from online_dpo.errors import ConfigError, OnlineDPOError, RunFolderError
+from online_dpo.errors import ConfigError, ModelError, OnlineDPOError, RunFolderError
 from online_dpo.evaluate_stage import held_out_sampling
 from online_dpo.fault_checks import check_faults
 from online_dpo.files import digest_json, write_json
 from online_dpo.forking import Fork, lay_fork
+from online_dpo.gpus import check_gpus
 from online_dpo.human_pairs import (
     HumanPairs,
     load_human_pairs,
@@ -34,7 +36,9 @@ from online_dpo.judging import VerdictCache, read_spent
 from online_dpo.links import refuse_links
 from online_dpo.live_model import EngineModel
 from online_dpo.loop import run_experiment
-from online_dpo.models import ResolvedModel, context_length, end_token_ids, load_tokenizer, resolve_model
+from online_dpo.model_check import check_length, check_model, check_tokens
+from online_dpo.model_config import context_length, end_token_ids
+from online_dpo.models import ResolvedModel, load_tokenizer, resolve_model
 from online_dpo.prompts import PromptSet, load_prompts
 from online_dpo.protocols import Learner, Progress
 from online_dpo.records import read_prompts, write_prompts
@@ -84,12 +88,14 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
 
     Raises `ModelError`, `DataError` or `JudgeError` for what is not there.
     """
+    check_gpus(experiment)
     model = resolve_model(
         experiment.model,
         revision=experiment.revision,
         folders=[folder],
         trust_remote_code=experiment.trust_remote_code,
     )
+    embeddings = check_model(experiment, model)
     tokenizer = _tokenizer(experiment, model, folder)
     prompts = load_prompts(experiment.prompts, tokenizer, folders=[folder])
     reading = _reading(experiment, model, tokenizer, (prompts.train, prompts.held_out), folder)
@@ -99,7 +105,11 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     check_streams(experiment, [folder], model.digest)
     missing_clients(experiment.tracking)
     human_pairs = load_human_pairs(experiment.evaluation.pairs, reading, datasets.values())
-    return Resolved(experiment, folder, model, prompts, check_judges(experiment, folder), human_pairs, datasets)
+    judges = check_judges(experiment, folder)
+    own_prompts = [*prompts.train, *prompts.held_out]
+    check_tokens(experiment, embeddings, own_prompts, list(datasets.values()), human_pairs.pairs)
+    check_length(experiment, model.path, tokens_needed(experiment, own_prompts, _asks_policy(experiment, folder)))
+    return Resolved(experiment, folder, model, prompts, judges, human_pairs, datasets)
 
 
 def _tokenizer(experiment: Experiment, model: ResolvedModel, folder: Path) -> Any:
@@ -241,6 +251,8 @@ def fork_run(fork: Fork) -> Path:
         trust_remote_code=experiment.trust_remote_code,
     )
     check_unchanged(fork.store, model, {})
+    check_gpus(experiment)
+    check_model(experiment, model)
     check_losses(experiment, folder)
     check_faults(experiment, model.path)
     check_streams(experiment, [folder], model.digest)
@@ -345,7 +357,7 @@ def _live(
     from online_dpo.backends.factory import ray_session, start_set
 
     experiment = store.experiment
-    length = model_length(experiment, [*train, *held_out], _asks_policy(store))
+    length = model_length(experiment, [*train, *held_out], _asks_policy(experiment, store.folder))
     tokenizer = _tokenizer(experiment, model, store.folder)
     probe_ids = held_out[0].token_ids[-PROBE_TOKENS:]
     if len(probe_ids) < 2:
@@ -413,23 +425,29 @@ def _initial_policy(store: RunStore, bare: Policy, learner: Learner, probe_ids: 
     file = store.root / "initial.json"
     if not file.exists():
         probe = learner.probe(bare, probe_ids)
+        if not all(map(math.isfinite, probe.logprobs)):
+            raise ModelError(f"the log-probs of model {store.experiment.model} are not finite: its weights are damaged")
         record = {"digest": bare.digest, "token_ids": list(probe.token_ids), "logprobs": list(probe.logprobs)}
         write_json(file, record)
     record = json.loads(file.read_text(encoding="utf-8"))
     return Policy(bare.id, bare.path, bare.digest, probe=Probe(tuple(record["token_ids"]), tuple(record["logprobs"])))
 
 
-def _asks_policy(store: RunStore) -> bool:
+def _asks_policy(experiment: Experiment, folder: Path) -> bool:
     """Whether the judge of some arm asks the policy."""
     from online_dpo.judging import asks_policy
 
-    experiment = store.experiment
-    folders = [store.folder]
-    return any(asks_policy(experiment.arm(name).judge, folders) for name in experiment.arms)
+    return any(asks_policy(experiment.arm(name).judge, [folder]) for name in experiment.arms)
 
 
 def model_length(experiment: Experiment, prompts: Sequence[Prompt], judging: bool = False) -> int:
-    """Tokens that the engine must hold for one sequence: the longest prompt and answer, in whole blocks of 32.
+    """`tokens_needed` in whole blocks of 32, or `engine.max_model_len`."""
+    needed = tokens_needed(experiment, prompts, judging)
+    return experiment.engine.max_model_len or -(-needed // 32) * 32
+
+
+def tokens_needed(experiment: Experiment, prompts: Sequence[Prompt], judging: bool = False) -> int:
+    """Tokens that the engine must hold for one sequence: the longest prompt and answer.
 
     With `judging` also the longest prompt, two answers and a judge's question around them.
     Raises `ConfigError` when `engine.max_model_len` is less.
@@ -446,7 +464,7 @@ def model_length(experiment: Experiment, prompts: Sequence[Prompt], judging: boo
             f"engine.max_model_len is {given}, but the longest prompt ({longest} tokens) and answer ({answer}) "
             f"need {needed}"
         )
-    return given or -(-needed // 32) * 32
+    return needed
 
 
 def _manifest(resolved: Resolved) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def test_plain_tokens_write_both_texts(before: str, answer: str) -> None:
 
 def test_real_story_tokens(stories: Path) -> None:
     """SentencePiece-like tokens, whose words carry their space: the answer's tokens are those of the joint text."""
-    from online_dpo.models import end_token_ids, load_tokenizer
+    from online_dpo.model_config import end_token_ids
+    from online_dpo.models import load_tokenizer
 
     tokenizer: Any = load_tokenizer(stories)
     encoder = AnswerEncoder(tokenizer, end_token_ids(stories))

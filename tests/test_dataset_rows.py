@@ -152,7 +152,8 @@ def test_answers_alone_have_no_rejected_one(tmp_path: Path) -> None:
 )
 def test_real_pairs(name: str, limit: int, longest: int, stories: Path) -> None:
     """Every row is kept or counted; what is kept fits, ends with the model's end token and decodes to its texts."""
-    from online_dpo.models import end_token_ids, load_tokenizer
+    from online_dpo.model_config import end_token_ids
+    from online_dpo.models import load_tokenizer
 
     path = SHARED / "pairs" / name
     if not path.is_file():

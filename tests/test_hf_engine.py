@@ -16,7 +16,8 @@ from online_dpo.backends.hf_engine import TransformersEngine, draw, left_padded
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.config import EngineSpec, LoraSpec, SamplingSpec
 from online_dpo.errors import EngineError
-from online_dpo.models import digest_folder, end_token_ids
+from online_dpo.model_config import end_token_ids
+from online_dpo.models import digest_folder
 from online_dpo.protocols import SampleRequest
 from online_dpo.types import Candidate, Policy, Probe, Prompt
 

@@ -144,7 +144,8 @@ def test_probe_is_of_the_saved_weights(initial: Policy, moved: Moved) -> None:
 
 def test_saved_folder_serves_by_itself(initial: Policy, moved: Moved) -> None:
     """Weights, configuration, tokenizer; safetensors alone, and the end token that the engine stops at."""
-    from online_dpo.models import check_folder, end_token_ids
+    from online_dpo.model_config import end_token_ids
+    from online_dpo.models import check_folder
 
     policy = moved()
     check_folder(policy.path)
@@ -269,7 +270,7 @@ def test_saving_an_adapter_asks_no_hub(initial: Policy, tmp_path: Path, monkeypa
 
 
 def test_target_modules_that_do_not_exist(initial: Policy) -> None:
-    with pytest.raises(ModelError, match=r"lora\.target_modules \['no_such'\]"):
+    with pytest.raises(ModelError, match=r"lora\.target_modules: the model has no module 'no_such'"):
         model_of(initial, lora=LoraSpec(target_modules=["no_such"]))
 
 

@@ -238,53 +238,6 @@ def test_learner_worker_killed_while_it_trains(live_ray: None, initial: Policy, 
 # --- resources ---
 
 
-def test_no_gpus_asked_for_where_there_are_none(live_ray: None) -> None:
-    if ray.cluster_resources().get("GPU"):
-        pytest.skip("this machine has a GPU")
-    assert cluster.gpu_shares(EngineSpec(), LearnerSpec(workers=2)) == (0.0, 0.0)
-    assert cluster.gpu_shares(EngineSpec(share_gpu=True), LearnerSpec()) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("engine_gpus", "worker_gpus", "line"),
-    [
-        (1000, None, r"the engine \(1000\) and 2 learner worker\(s\) \(.* each\) ask for"),
-        (0, 500, r"the engine \(0\) and 2 learner worker\(s\) \(500 each\) ask for 1000 GPUs, there are"),
-    ],
-)
-def test_more_gpus_than_there_are(live_ray: None, engine_gpus: float, worker_gpus: float | None, line: str) -> None:
-    with pytest.raises(ConfigError, match=line):
-        cluster.gpu_shares(EngineSpec(gpus=engine_gpus), LearnerSpec(workers=2, gpus_per_worker=worker_gpus))
-
-
-@pytest.mark.parametrize(
-    ("there", "engine", "learner", "expected"),
-    [
-        (1, {"share_gpu": True}, {}, (0.5, 0.5)),
-        (2, {}, {}, (1.0, 1.0)),
-        (4, {"tensor_parallel_size": 2}, {"workers": 2}, (2.0, 1.0)),
-        (1, {}, {}, None),
-        (1, {"share_gpu": True}, {"workers": 2}, None),
-        (1, {"gpus": 0}, {}, (0.0, 1.0)),
-    ],
-)
-def test_shares_of_gpus_by_hand(
-    monkeypatch: pytest.MonkeyPatch,
-    there: int,
-    engine: dict[str, Any],
-    learner: dict[str, Any],
-    expected: tuple[float, float] | None,
-) -> None:
-    """One each; half each when shared; tensor parallelism takes one a part. The cluster's answer is made up here."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": float(there)})
-    specs = EngineSpec.model_validate(engine), LearnerSpec.model_validate(learner)
-    if expected is None:
-        with pytest.raises(ConfigError, match="ask for"):
-            cluster.gpu_shares(*specs)
-    else:
-        assert cluster.gpu_shares(*specs) == expected
-
-
 def test_workers_have_the_threads_that_they_were_given(workers: list[Any]) -> None:
     """Ray would set OMP_NUM_THREADS itself; torch in the worker follows what `learner.threads` says."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.config import Experiment
 from online_dpo.errors import ConfigError
 from online_dpo.judging import Place
+from online_dpo.model_config import read_config
 from online_dpo.protocols import Engine, Learner
 from online_dpo.types import Policy
 
@@ -65,7 +65,7 @@ def choose_engine(experiment: Experiment, model: Path, gpus_there: bool | None =
 
 def head_size(model: Path) -> int | None:
     """The attention heads' size in a model folder's config.json, None where it does not say."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_config(model)
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     given = config.get("head_dim") or (hidden // heads if hidden and heads else None)
     return None if given is None else int(given)

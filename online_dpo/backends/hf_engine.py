@@ -14,7 +14,8 @@ from online_dpo.backends.probe import check_probe
 from online_dpo.config import EngineSpec, SamplingSpec
 from online_dpo.errors import EngineError, one_line
 from online_dpo.logps import collate, token_logps
-from online_dpo.models import end_token_ids, load_tokenizer
+from online_dpo.model_config import end_token_ids
+from online_dpo.models import load_tokenizer
 from online_dpo.protocols import SampleRequest
 from online_dpo.types import Candidate, Policy
 

@@ -32,11 +32,19 @@ def read_causal_lm(path: Path, dtype: torch.dtype, trust_remote_code: bool = Fal
 
     logging.disable_progress_bar()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        model: nn.Module
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a causal language model from {path}: {one_line(error, 300)}") from error
+    if report["missing_keys"]:
+        lacking = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"{path} lacks weights ({lacking}): they would be random")
     if getattr(model.config, "attn_logit_softcapping", None):
         # transformers' default attention leaves the cap out: other log-probs than the model was trained to.
         model.set_attn_implementation("eager")  # type: ignore[operator]

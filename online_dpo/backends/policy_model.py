@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from online_dpo.backends import sharding
+from online_dpo.backends.adapter import with_adapter
 from online_dpo.backends.distributed import from_first, largest, rank_and_world
 from online_dpo.backends.forward import Forward, ItemScores, attend_by, attention_of, choose_forward
 from online_dpo.backends.hf_model import load_causal_lm, read_causal_lm, set_dropout, silence_dropout, torch_dtype
 from online_dpo.backends.stacked_adapter import drop_stacked, load_adapter
 from online_dpo.config import LoraSpec
-from online_dpo.errors import ConfigError, ModelError, one_line
+from online_dpo.errors import ConfigError, ModelError
 from online_dpo.matmul import quicken
 from online_dpo.models import digest_folder, load_tokenizer
 from online_dpo.packing import Item
@@ -66,7 +67,7 @@ class PolicyModel:
         model: Any = read_causal_lm(initial.path, torch.float32, trust_remote_code)
         self.dropout_rates = silence_dropout(model)
         if lora is not None:
-            model = _with_adapter(model, lora, model_name)
+            model = with_adapter(model, lora, model_name)
         if activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if lora is not None:
@@ -246,29 +247,6 @@ def _make_generation_saveable(model: Any) -> None:
         config.validate(strict=True)
     except ValueError:
         config.do_sample = True
-
-
-def _with_adapter(model: Any, lora: LoraSpec, model_name: str) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        wrapped: Any = get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(f"lora.target_modules {lora.target_modules!r}: {one_line(error)}") from error
-    # Where the base lies differs from machine to machine; the run's manifest names it by digest.
-    wrapped.peft_config["default"].base_model_name_or_path = model_name
-    # peft holds the names as a set, which another process would write in another order: another digest.
-    named = wrapped.peft_config["default"].target_modules
-    wrapped.peft_config["default"].target_modules = named if isinstance(named, str) else sorted(named)
-    silence_dropout(wrapped)
-    return wrapped.eval()
 
 
 def _reset_adapter(model: Any, seed: int) -> None:

@@ -398,25 +398,9 @@ def build_learner(
     ]
 
 
-def gpu_shares(engine: EngineSpec, learner: LearnerSpec, engines: int = 1) -> tuple[float, float]:
-    """GPUs for each of `engines` engines and for each learner worker; zeros where the cluster has none.
-
-    Raises `ConfigError` when more are asked for than there are.
-    """
-    there = float(ray.cluster_resources().get("GPU", 0))
-    share = 0.5 if engine.share_gpu else 1.0
-    default_engine = share * engine.tensor_parallel_size if there else 0.0
-    for_engine = engine.gpus if engine.gpus is not None else default_engine
-    for_worker = learner.gpus_per_worker if learner.gpus_per_worker is not None else (share if there else 0.0)
-    wanted = for_engine * engines + for_worker * learner.workers
-    if wanted > there:
-        who = f"the engine ({for_engine:g})" if engines == 1 else f"{engines} engines ({for_engine:g} each)"
-        raise ConfigError(
-            f"{who} and {learner.workers} learner worker(s) ({for_worker:g} each) ask for "
-            f"{wanted:g} GPUs, there are {there:g}; set engine.gpus and learner.gpus_per_worker, "
-            "or engine.share_gpu: true"
-        )
-    return for_engine, for_worker
+def gpus_there() -> float:
+    """The GPUs of the cluster's nodes."""
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def wait(references: Any, kind: type[OnlineDPOError], who: str) -> Any:

@@ -19,6 +19,7 @@ from online_dpo.backends.spread_learner import SpreadLearner
 from online_dpo.backends.vllm_engine import vllm_environment
 from online_dpo.config import Experiment
 from online_dpo.errors import EngineError
+from online_dpo.gpus import gpu_shares
 from online_dpo.protocols import Engine, Learner
 from online_dpo.types import Policy
 
@@ -50,7 +51,7 @@ def start(
     Raises `ConfigError` where there is no room for all of them.
     """
     replicas = experiment.cluster.engines if engines else 0
-    engine_gpus, worker_gpus = cluster.gpu_shares(experiment.engine, experiment.learner, replicas)
+    engine_gpus, worker_gpus = gpu_shares(experiment.engine, experiment.learner, cluster.gpus_there(), replicas)
     bundles = [session.bundle(ENGINE, experiment.engine.threads, engine_gpus)] * replicas
     bundles += [session.bundle(WORKER, experiment.learner.threads, worker_gpus)] * experiment.learner.workers
     placed = session.place(bundles)

@@ -13,7 +13,8 @@ from online_dpo.backends.hf_model import torch_dtype
 from online_dpo.backends.probe import check_probe
 from online_dpo.config import EngineSpec, LoraSpec, SamplingSpec
 from online_dpo.errors import EngineError
-from online_dpo.models import end_token_ids, load_tokenizer
+from online_dpo.model_config import end_token_ids
+from online_dpo.models import load_tokenizer
 from online_dpo.protocols import SampleRequest
 from online_dpo.types import Candidate, Policy
 

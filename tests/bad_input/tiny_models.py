@@ -13,6 +13,8 @@ from typing import Any
 
 from conftest import byte_tokenizer, tiny_config
 
+from online_dpo.models import quiet
+
 CHAT = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('no such role: ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -32,7 +34,8 @@ def kept(make: Callable[[Path], None]) -> Path:
     """The folder that `make` fills, once a process. Read only."""
     folder = _store() / f"{make.__module__}-{make.__qualname__}"
     folder.mkdir()
-    make(folder)
+    with quiet():
+        make(folder)
     return folder
 
 

@@ -20,6 +20,7 @@ from online_dpo.backends import ray_cluster as cluster
 from online_dpo.backends.policy_model import PolicyModel
 from online_dpo.backends.vllm_engine import vllm_environment
 from online_dpo.errors import EngineError
+from online_dpo.gpus import gpu_shares
 from online_dpo.types import Policy
 
 MODEL_LENGTH = 512
@@ -61,7 +62,7 @@ def start_engine(found: Live, policy: Policy) -> float:
     """Seconds that an engine of its own takes, from its process's start until it is known to hold `policy`."""
     experiment = found.experiment
     settings = cluster.ModelSettings(policy, experiment.model, None, False)
-    gpus, _ = cluster.gpu_shares(experiment.engine, experiment.learner)
+    gpus, _ = gpu_shares(experiment.engine, experiment.learner, cluster.gpus_there())
     began = time.perf_counter()
     actor = cluster.start_engine_actor(vllm_environment(experiment.engine, cluster.cores()), gpus)
     kind = found.backends.engine.kind

@@ -44,7 +44,7 @@ def work_of_a_run(options: dict[str, Any], run_number: int) -> tuple[list[Any], 
     from sampling import seeds_of
     from vllm import SamplingParams
 
-    from online_dpo.models import end_token_ids
+    from online_dpo.model_config import end_token_ids
 
     prompts = json.loads(Path(options["prompts"]).read_text(encoding="utf-8"))
     end_tokens = list(end_token_ids(Path(options["model"])))

@@ -58,7 +58,8 @@ def nll(folder: Path, model_folder: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     from online_dpo.answers import AnswerEncoder
-    from online_dpo.models import end_token_ids, load_tokenizer
+    from online_dpo.model_config import end_token_ids
+    from online_dpo.models import load_tokenizer
     from online_dpo.types import Message
 
     encoder = AnswerEncoder(load_tokenizer(model_folder), end_token_ids(model_folder))
