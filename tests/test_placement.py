@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from online_dpo.backends.cluster_address import find_cluster, on_loopback
+from online_dpo.backends.cluster_address import find_cluster, join_with_token, on_loopback
 from online_dpo.backends.placement import Bundle, Placed, place
 from online_dpo.backends.ray_cluster import cores, interface_of
 from online_dpo.backends.ray_session import OWN_CPU, RaySession
@@ -87,6 +88,26 @@ def test_auto_is_the_cluster_that_this_machine_was_made_part_of(
             find_cluster("auto")
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert find_cluster("auto") == address
+
+
+def test_auto_joins_with_the_token_that_this_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ray start` did where there is one; nothing else decides it, and what is said in the environment stands."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "any")  # put back at the end, whatever it was
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    join_with_token("auto")
+    assert "RAY_AUTH_MODE" not in os.environ
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("t")
+    join_with_token("10.0.0.1:6379")
+    assert "RAY_AUTH_MODE" not in os.environ
+    join_with_token("auto")
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    join_with_token("auto")
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
 def test_what_is_on_loopback() -> None:

@@ -32,6 +32,20 @@ def find_cluster(address: str) -> str:
         ) from error
 
 
+def join_with_token(address: str) -> None:
+    """Where this machine has Ray's token, use it for the cluster "auto" unless RAY_AUTH_MODE says what to do: `ray start`
+    does so too. For a host:port Ray asks that RAY_AUTH_MODE be said. Before Ray is imported: it reads this then."""
+    if address == "auto" and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _has_token() -> bool:
+    """In the places in which Ray looks for it."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
+
+
 def on_loopback(address: str) -> bool:
     """Whether host:port is on this machine's loopback."""
     host = urllib.parse.urlsplit(f"//{address}").hostname or ""

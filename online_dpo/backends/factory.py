@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from online_dpo.backends.cluster_address import find_cluster, on_loopback
+from online_dpo.backends.cluster_address import find_cluster, join_with_token, on_loopback
 from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.config import Experiment
 from online_dpo.errors import ConfigError
@@ -96,6 +96,7 @@ def ray_session(spec: ClusterSpec) -> Iterator[RaySession]:
     address = None if spec.address is None else find_cluster(spec.address)
     if address is None or on_loopback(address):
         _keep_to_loopback()
+    join_with_token(spec.address or "")
     from online_dpo.backends.ray_session import open_session
 
     with open_session(spec, address) as session:

@@ -349,7 +349,10 @@ def _join(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray raises bare ones here too: another version, another Python
         ray.shutdown()
-        raise ConfigError(f"cluster.address {address}: that Ray cannot be joined ({one_line(error, 300)})") from error
+        token = "" if os.environ.get("RAY_AUTH_MODE") else "; does it ask for a token? then set RAY_AUTH_MODE=token"
+        raise ConfigError(
+            f"cluster.address {address}: that Ray cannot be joined ({one_line(error, 300)}){token}"
+        ) from error
 
 
 def cores() -> int:
