@@ -33,8 +33,8 @@ def find_cluster(address: str) -> str:
 
 
 def join_with_token(address: str) -> None:
-    """Where this machine has Ray's token, use it for the cluster "auto" unless RAY_AUTH_MODE says what to do: `ray start`
-    does so too. For a host:port Ray asks that RAY_AUTH_MODE be said. Before Ray is imported: it reads this then."""
+    """Where this machine has Ray's token, use it for the cluster "auto", as `ray start` does, unless RAY_AUTH_MODE says
+    otherwise. For a host:port Ray asks that it be said. To be called before Ray is imported, which reads it then."""
     if address == "auto" and _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
