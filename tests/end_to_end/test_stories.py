@@ -219,6 +219,7 @@ def test_the_manifest_says_what_the_run_began_with(outcome: Outcome, small_model
     assert {"torch", "transformers", "ray"} <= set(manifest["packages"])
 
 
+@pytest.mark.slow
 def test_lora_with_two_learner_workers(tmp_path: Path, small_model: Path, one_thread: None) -> None:
     """An adapter is trained, saved, merged by the engine, and trained on; both workers' gradients are in it."""
     from peft import PeftModel
