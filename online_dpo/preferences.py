@@ -12,6 +12,7 @@ Four forms are known, told apart by their columns:
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections import Counter
@@ -99,9 +100,21 @@ def parse_pairs(rows: Any, path: str, dropped: Counter[str]) -> Iterator[Prefere
     Raises `DataError`: unknown columns, a row that is no pair.
     """
     if not is_preference_form(rows.column_names):
-        raise DataError(f"{path}: no preference pairs in columns {', '.join(rows.column_names)}; known forms: {FORMS}")
+        columns = rows.column_names
+        raise DataError(
+            f"{path}: no preference pairs in columns {', '.join(columns)}{_misspelt(columns)}; known forms: {FORMS}"
+        )
     for number, (pair_id, row) in enumerate(zip(row_ids(rows), rows, strict=True), start=1):
         yield _preference(pair_id, row, f"{path}: row {number}", dropped)
+
+
+def _misspelt(columns: Sequence[str]) -> str:
+    """Which column may have been meant as one that is missing; empty where none looks like it."""
+    for wanted in ("chosen", "rejected"):
+        close = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.6) if wanted not in columns else []
+        if close:
+            return f" (is '{close[0]}' meant to be '{wanted}'?)"
+    return ""
 
 
 def as_comparison(preference: Preference) -> tuple[Prompt, Candidate, Candidate]:

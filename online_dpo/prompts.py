@@ -11,8 +11,10 @@ import csv
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from online_dpo.config import PromptsSpec
 from online_dpo.errors import DataError, nearest, one_line
 from online_dpo.models import HUB_ID, HUB_TIMEOUT
+from online_dpo.places import places_of
 from online_dpo.types import Message, Prompt
 
 READERS = {
@@ -31,6 +34,8 @@ READERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+SHOWN = 200
+"""Characters of a path that a message repeats."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -294,22 +299,39 @@ def read_rows(spec: PromptsSpec, bases: Sequence[Path], what: str = "prompts") -
 
     `what` is what the message calls it when there is none. Raises `DataError`.
     """
-    path = Path(spec.path).expanduser()
-    found = next((base / path for base in bases if (base / path).exists()), None)
+    if not spec.path.strip():
+        raise DataError(f"the path of the {what} is empty")
+    found = next(iter(places_of(spec.path, bases)), None)
     if found is None and not _looks_like_hub_id(spec.path, bases):
-        raise DataError(f"no {what} at '{spec.path}'{_nearest_file(path, bases)}")
+        raise DataError(f"no {what} at '{spec.path:.{SHOWN}}'{_nearest_file(Path(spec.path), bases)}")
     import datasets  # after the cheap errors: it takes a second
 
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        if found is None:
-            return _read_hub(spec, bases)
-        return _read_file(spec, found) if found.is_file() else _read_folder(spec, found)
-    # StopIteration is what `datasets` lets through for a file without rows.
-    except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        with _quiet():
+            if found is None:
+                return _read_hub(spec, bases)
+            return _read_file(spec, found) if found.is_file() else _read_folder(spec, found)
+    # StopIteration is what `datasets` lets through for a file without rows; the last two are of a file cut off.
+    except (
+        OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError, EOFError, zlib.error,
+    ) as error:  # fmt: skip
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{spec.path}: split '{spec.split}' has no rows") from error
         raise DataError(f"{spec.path} cannot be read: {one_line(error.__cause__ or error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """`datasets` without its bars, and without its own line about a file that it cannot read."""
+    import datasets
+
+    level, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 

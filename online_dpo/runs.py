@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import online_dpo
 from online_dpo.answers import AnswerEncoder
 from online_dpo.arms import Run
+from online_dpo.candidate_check import check_candidates
 from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.dataset_rows import DatasetRows, Reading
 from online_dpo.errors import ConfigError, ModelError, OnlineDPOError, RunFolderError
@@ -39,6 +40,7 @@ from online_dpo.loop import run_experiment
 from online_dpo.model_check import check_length, check_model, check_tokens
 from online_dpo.model_config import context_length, end_token_ids
 from online_dpo.models import ResolvedModel, load_tokenizer, resolve_model
+from online_dpo.origin_check import check_origin
 from online_dpo.prompts import PromptSet, load_prompts
 from online_dpo.protocols import Learner, Progress
 from online_dpo.records import read_prompts, write_prompts
@@ -88,6 +90,7 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
 
     Raises `ModelError`, `DataError` or `JudgeError` for what is not there.
     """
+    check_candidates(experiment)
     check_gpus(experiment)
     model = resolve_model(
         experiment.model,
@@ -103,6 +106,7 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     check_losses(experiment, folder)
     check_faults(experiment, model.path)
     check_streams(experiment, [folder], model.digest)
+    check_origin(experiment)
     missing_clients(experiment.tracking)
     human_pairs = load_human_pairs(experiment.evaluation.pairs, reading, datasets.values())
     judges = check_judges(experiment, folder)
@@ -251,8 +255,10 @@ def fork_run(fork: Fork) -> Path:
         trust_remote_code=experiment.trust_remote_code,
     )
     check_unchanged(fork.store, model, {})
+    check_candidates(experiment)
     check_gpus(experiment)
     check_model(experiment, model)
+    check_origin(experiment)
     check_losses(experiment, folder)
     check_faults(experiment, model.path)
     check_streams(experiment, [folder], model.digest)
