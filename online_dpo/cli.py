@@ -19,12 +19,14 @@ from online_dpo.commands.judge_ask import judge_ask
 from online_dpo.commands.judge_audit import judge_audit
 from online_dpo.commands.judge_fit import judge_fit
 from online_dpo.commands.judge_train import judge_train
+from online_dpo.commands.program import Program
 from online_dpo.commands.report import report
 from online_dpo.commands.watch import watch
 from online_dpo.config import load_experiment
 
 app = typer.Typer(
     name="online-dpo",
+    cls=Program,
     help="Multi-round DPO with fresh on-policy pairs: sample, judge, pair, train, measure, repeat.",
     no_args_is_help=True,
     add_completion=False,
@@ -92,17 +94,21 @@ def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, de
         from online_dpo.confounding import confounded
         from online_dpo.display import clean, make_console
         from online_dpo.judging import judge_digest
+        from online_dpo.model_check import describe_end
         from online_dpo.plan import differences, plan_arms
         from online_dpo.plan_display import plan_tables, warning_lines
+        from online_dpo.run_lock import check_room
         from online_dpo.runs import resolve
         from online_dpo.sft_stage import describe_sft
         from online_dpo.sources.datasets import describe_datasets, with_own_prompts
 
         tell_own_code(spec, experiment.parent)
         resolved = resolve(spec, experiment.parent)
+        check_room(resolved.root)
         console = make_console()
         lines = [
             f"model: {resolved.model.name} ({resolved.model.origin}, digest {resolved.model.digest[:12]})",
+            *describe_end(resolved.model.path),
             f"prompts: {len(resolved.prompts.train)} to train, {len(resolved.prompts.held_out)} held out, "
             f"dropped {resolved.prompts.dropped}",
             *describe_datasets(resolved.datasets),

@@ -11,20 +11,21 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from online_dpo.cluster_spec import ClusterSpec
 from online_dpo.dpo_spec import DPOSpec as DPOSpec  # noqa: PLC0414 - a section of the experiment like the others
 from online_dpo.errors import ConfigError, nearest
+from online_dpo.key_faults import describe
 from online_dpo.keys import literal_key
 from online_dpo.source_spec import DatasetSpec, Source, SourceSpec, parts_of, source_kind
 from online_dpo.spec import DOTTED, Fraction, Positive, Spec
+from online_dpo.yaml_file import parse_yaml, read_yaml
 
-UNION_MEMBERS = ("SourceSpec", "ReferenceSpec", "LossSpec")
-"""Sections that are one of several forms of a key: pydantic names them where a fault lies, users do not."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+MOST_ROUNDS = 100_000
+"""More are a slip of the keyboard; each has a folder and is planned for."""
 
 
 class PromptsSpec(Spec):
@@ -148,7 +149,7 @@ class ReferenceSpec(Spec):
 class ArmSettings(Spec):
     """All that may differ between arms."""
 
-    rounds: Positive = 1
+    rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 1
     algorithm: Literal["dpo", "rloo"] = Field(
         default="dpo",
         description="rloo: REINFORCE leave-one-out on the judge's scores (Ahmadian et al. 2024), by the same engine, "
@@ -516,51 +517,12 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): data}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which the same key twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=deep)
-            if isinstance(key, str) and key in seen:
-                raise ConfigError(f"key '{key}' stands twice (line {key_node.start_mark.line + 1})")
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in YAML file `path`; `ConfigError` when there is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"no experiment file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        first = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {first}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: an experiment is a mapping of keys, found {type(data).__name__}")
-    return data
-
-
 def apply_override(data: dict[str, Any], assignment: str) -> None:
     """Apply one `--set key.sub=value` to `data` in place; the value is read as YAML."""
     key, sign, text = assignment.partition("=")
-    if not sign or not key.strip():
-        raise ConfigError(f"--set {assignment}: write key=value, for example --set dpo.beta=0.2")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: '{text}' is not valid YAML") from error
+    if not sign or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"--set {assignment:.80}: write key=value, for example --set dpo.beta=0.2")
+    value = parse_yaml(text, f"--set {key}: '{text:.80}'")
     *parents, last = key.strip().split(".")
     here = data
     for parent in parents:
@@ -602,55 +564,3 @@ def load_experiment(path: Path, overrides: list[str] | None = None, seeds: list[
     if seeds:
         data["seeds"] = list(seeds)
     return validate_experiment(data, str(path))
-
-
-def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """The first fault in one line: where, what, the nearest right key; and how many more there are."""
-    faults = error.errors(include_url=False, include_context=False)
-    # An unknown key explains a missing one more often than the other way round.
-    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-    # Of the members of a union, the one that got furthest into the value is the one that was meant.
-    same_key = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
-    first = first if first["type"] == "extra_forbidden" else max(same_key, key=_meant)
-    # A union adds the member it tried to the location: not a key of the user's.
-    location = [str(part) for part in first["loc"] if part not in UNION_MEMBERS and not _is_union_tag(part)]
-    where = prefix + ".".join(location)
-    if first["type"] == "extra_forbidden":
-        fields = _fields_at(model, location[:-1])
-        text = f"unknown key '{where}'{nearest(location[-1], fields)}"
-        if fields and not nearest(location[-1], fields):
-            text += f"; known: {', '.join(fields)}"
-    elif first["type"] == "missing":
-        text = f"key '{where}' is missing"
-    else:
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "model_type":
-            message = "a mapping of keys is expected"
-        shown = "" if isinstance(first["input"], dict) else f" (found {first['input']!r:.60})"
-        text = f"{where}: {message}{shown}" if where else message
-    rest = len(faults) - 1
-    return text + (f" (and {rest} more)" if rest else "")
-
-
-def _meant(fault: ErrorDetails) -> tuple[int, bool]:
-    return len(fault["loc"]), fault["type"] == "value_error"
-
-
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (
-        part.startswith(("literal[", "list[", "function-")) or part in ("str", "constrained-str")
-    )
-
-
-def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The known keys of the section at `location` under `model`."""
-    current: type[BaseModel] = model
-    for part in location:
-        field = current.model_fields.get(part)
-        annotation = field.annotation if field else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        found = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if found is None:
-            return []
-        current = found
-    return list(current.model_fields)

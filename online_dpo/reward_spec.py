@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from online_dpo.config import DPOSpec, describe
+from online_dpo.config import DPOSpec
 from online_dpo.errors import ConfigError
+from online_dpo.key_faults import describe
 from online_dpo.spec import Fraction, Positive, Spec
 
 FULL_LR = 1e-5

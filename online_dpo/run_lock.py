@@ -7,6 +7,7 @@ file system has no such locks, `filelock` writes its holder into a file of its o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,15 @@ from pathlib import Path
 from online_dpo.errors import RunFolderError, one_line
 
 NAME = ".lock"
+
+
+def check_room(root: Path) -> None:
+    """Raise `RunFolderError` where the run folder `root` could not be made; makes nothing."""
+    there = next(path for path in (root, *root.parents, Path()) if os.path.lexists(path))
+    if not there.is_dir():
+        raise RunFolderError(f"the run folder {root} cannot be made: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunFolderError(f"the run folder {root} cannot be made: {there} cannot be written to")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 DOTTED = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 """A regular expression of "module:name", as users name their own judges and losses."""
 

@@ -42,7 +42,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from online_dpo.config import Experiment, flatten, read_yaml, validate_experiment
+from online_dpo.config import Experiment, flatten, validate_experiment
 from online_dpo.disk_full import told_when_full
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.files import (
@@ -60,6 +60,7 @@ from online_dpo.leaving import LEAVING
 from online_dpo.links import refuse_links, refuse_links_at
 from online_dpo.metrics_check import checked_metrics
 from online_dpo.run_lock import hold
+from online_dpo.yaml_file import read_yaml
 
 FORMAT = 4
 MAY_CHANGE = frozenset(

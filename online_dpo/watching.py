@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from online_dpo.config import Experiment, read_yaml, validate_experiment
+from online_dpo.config import Experiment, validate_experiment
 from online_dpo.display.progress_file import NAME
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.files import read_json
 from online_dpo.judging.cache import read_spent
 from online_dpo.links import refuse_links
 from online_dpo.metrics_check import checked_metrics
+from online_dpo.yaml_file import read_yaml
 
 RoundState = Literal["done", "running", "waiting"]
 

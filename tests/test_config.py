@@ -164,7 +164,7 @@ def test_unknown_keys_name_the_nearest_right_one(load: Load, added: str, says: s
         ("revision: 3", "revision: Input should be a valid string"),
         ("engine: {kind: vlm}", "engine.kind: Input should be 'auto', 'vllm' or 'transformers' (found 'vlm')"),
         ("arms: {a: {source: initail}}", "arms.a.source: Input should be 'current' or 'initial' (found 'initail')"),
-        ("arms: {a: 3}", "arms.a: Input should be a valid dictionary"),
+        ("arms: {a: 3}", "arms.a: a mapping of keys is expected (found 3)"),
         ("arms: {}", "arms: at least one arm is needed"),
         ("arms: {a/b: {}}", "arms.a/b: letters, digits"),
         ("lora: {dropout: 0.1}", "lora.dropout: Input should be 0"),

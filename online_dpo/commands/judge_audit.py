@@ -10,8 +10,10 @@ import typer
 from pydantic import ValidationError
 
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line
-from online_dpo.config import JudgeSpec, apply_override, describe, read_yaml, refuse_literal_keys
+from online_dpo.config import JudgeSpec, apply_override, refuse_literal_keys
 from online_dpo.errors import ConfigError, JudgeError
+from online_dpo.key_faults import describe
+from online_dpo.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from online_dpo.audit.asking import Advance

@@ -9,12 +9,13 @@ from typing import TypeAlias
 
 from pydantic import ValidationError
 
-from online_dpo.config import JudgeSpec, describe
+from online_dpo.config import JudgeSpec
 from online_dpo.errors import JudgeError, OnlineDPOError, nearest, one_line
 from online_dpo.judging.asked import AskedJudge, Asking
 from online_dpo.judging.importing import import_object
 from online_dpo.judging.interface import Judge
 from online_dpo.judging.kinds import as_judge
+from online_dpo.key_faults import describe
 
 Place: TypeAlias = Callable[[JudgeSpec, Sequence[Path]], Judge]
 """Puts a judge into a process of its own and returns what stands for it here."""
