@@ -144,7 +144,7 @@ def test_bad_input_is_one_line(desk: Desk, command: str, changes: dict[str, Any]
 
 def test_files_that_are_no_experiment(desk: Desk) -> None:
     assert one_line(desk("run", desk.folder / "absent.yaml")) == f"no experiment file at {desk.folder / 'absent.yaml'}"
-    assert "cannot read" in one_line(desk("check", desk.folder))
+    assert "is a folder" in one_line(desk("check", desk.folder))
     desk.file.write_text("name: [unclosed", encoding="utf-8")
     assert "is not valid YAML" in one_line(desk("run", desk.file))
     desk.file.write_text("- a\n- b\n", encoding="utf-8")

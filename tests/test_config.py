@@ -215,7 +215,7 @@ def test_broken_yaml_is_one_line(load: Load, text: str) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no experiment file at"):
         load_experiment(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="is a folder; an experiment is a YAML file"):
         load_experiment(tmp_path)
 
 
