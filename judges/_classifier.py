@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 EMPTY = Abstention("nothing to read for the reward model")
+HUB_TIMEOUT_S = 5.0
+"""Seconds the hub has to answer."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -46,7 +49,10 @@ class Classifier:
         self.batch_size = batch_size
         self.device = device
         self.max_length = max_length
+        self.away: str | None = None
         self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if not Path(self.folder).is_dir():
+            self._look_for(model, revision)
         self.outputs = self._outputs()
         self._loaded: tuple[Any, Any] | None = None
 
@@ -85,6 +91,21 @@ class Classifier:
                 found[place] = value
         return found
 
+    def _look_for(self, model: str, revision: str | None) -> None:
+        """Of a model that is no folder here: whether the hub gives it; else its cache on this machine may have it."""
+        from huggingface_hub import HfApi
+
+        try:
+            # Asked first and with a limit: loading waits, and tries again for half a minute.
+            HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
+        except ValueError as error:  # of the name's form
+            raise JudgeError(
+                f"{self.judge}: cannot load '{model:.200}': no such folder, and no hub id (org/name)"
+            ) from error
+        except Exception as error:  # the hub's client raises its HTTP library's errors, which differ between versions
+            self.away = one_line(error)
+            self.hub["local_files_only"] = True
+
     def _outputs(self) -> int:
         from transformers import AutoConfig
 
@@ -105,9 +126,10 @@ class Classifier:
             dtype = torch.float32 if device == "cpu" else "auto"
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **self.hub)
-                model, report = AutoModelForSequenceClassification.from_pretrained(
-                    self.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **self.hub
-                )
+                with _without_report():
+                    model, report = AutoModelForSequenceClassification.from_pretrained(
+                        self.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **self.hub
+                    )
                 model = model.to(device).eval()
             except Exception as error:  # every later score would fail alike: end the run instead of abstaining
                 raise self._unloadable(error) from error
@@ -118,7 +140,25 @@ class Classifier:
         return self._loaded
 
     def _unloadable(self, error: Exception) -> JudgeError:
+        if self.away is not None and isinstance(error, OSError):
+            return JudgeError(
+                f"{self.judge}: '{self.name}' is no folder here, and the hub does not give it ({self.away}): download "
+                "it on another machine and give the folder's path"
+            )
         return JudgeError(f"{self.judge}: cannot load '{self.name}': {one_line(error)}")
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers without its table of missing weights, which are an error here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def token_limit(config: Any, tokenizer: Any, most: int | None = None) -> int:

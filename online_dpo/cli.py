@@ -63,11 +63,13 @@ def run(
     """Run an experiment, or go on with it where its run folder exists already."""
     with errors_in_one_line(debug):
         spec = load_experiment(experiment, sets, seeds)
+        from online_dpo.backends.factory import check_place
         from online_dpo.run_lock import hold
         from online_dpo.runs import open_or_create, resolve
 
         tell_own_code(spec, experiment.parent)
         resolved = resolve(spec, experiment.parent)
+        check_place(spec, resolved.model.path)
         with hold(resolved.root, new=True):
             go(open_or_create(resolved), resolved.model, quiet, resolved.datasets)
 

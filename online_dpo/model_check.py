@@ -42,7 +42,11 @@ def check_model(experiment: Experiment, model: ResolvedModel) -> int:
 
 def check_length(experiment: Experiment, model: Path, needed: int) -> None:
     """Raise `ConfigError` where the model in folder `model` was made for fewer than `needed` tokens in sequence."""
-    longest = context_length(model)
+    longest, room = context_length(model), experiment.engine.max_model_len
+    if longest is not None and room is not None and longest < room:
+        raise ConfigError(
+            f"engine.max_model_len is {room}, and model '{experiment.model}' takes {longest} tokens (its config.json)"
+        )
     if longest is not None and longest < needed:
         raise ConfigError(
             f"model '{experiment.model}' takes {longest} tokens (its config.json), and the longest prompt with its "

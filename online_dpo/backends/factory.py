@@ -41,8 +41,28 @@ def choose_engine(experiment: Experiment, model: Path, gpus_there: bool | None =
     """The engine's kind for the model in folder `model`, and one line that says why. `gpus_there`: whether it will have
     a GPU; None: whether this machine has.
 
-    Raises `ConfigError` when vLLM is asked for and not installed.
+    Raises `ConfigError` when vLLM is asked for and not installed, or the engine cannot do what is asked of it.
     """
+    kind, line = _chosen(experiment, model, gpus_there)
+    parts = experiment.engine.tensor_parallel_size
+    if kind == "transformers" and parts > 1:
+        raise ConfigError(
+            f"engine.tensor_parallel_size is {parts}, which the engine transformers cannot do: leave it out, or set "
+            "engine.kind: vllm"
+        )
+    return kind, line
+
+
+def check_place(experiment: Experiment, model: Path) -> None:
+    """Raise `ConfigError` where the experiment's cluster does not answer, or its engine cannot be had here. Takes
+    seconds: what is wrong is said before a run folder is made."""
+    if experiment.cluster.address is None:
+        choose_engine(experiment, model)
+    else:
+        find_cluster(experiment.cluster.address)
+
+
+def _chosen(experiment: Experiment, model: Path, gpus_there: bool | None) -> tuple[str, str]:
     wanted = experiment.engine.kind
     have_vllm = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not have_vllm:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LengthUnit = Literal["characters", "words"]
 Opened = tuple[JudgeSpec, list[Path]]
 YAML = (".yaml", ".yml")
+TIMEOUT_S = 600.0
+"""An experiment's `judge_timeout`, where it says nothing."""
 SHOWN = 40
 """Characters of a setting's value that the judge's name in tables holds."""
 
@@ -42,6 +44,9 @@ def judge_audit(
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="write audit.json, audit.png and audit.svg")
     ] = None,
     cache: Annotated[Path | None, typer.Option("--cache", metavar="FILE", help="verdicts asked once")] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.001, metavar="SECONDS", help="that one call of the judge may take")
+    ] = TIMEOUT_S,
     markdown: Annotated[bool, typer.Option("--markdown", help="print a Markdown table instead")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -53,11 +58,11 @@ def judge_audit(
         from online_dpo.judging import VerdictCache
         from online_dpo.preferences import load_preferences
 
-        found = [load_preferences(file, folders=[Path.cwd()], limit=limit, seed=seed) for file in pairs]
         folders = _output_folders(output, pairs)
+        found = [load_preferences(file, folders=[Path.cwd()], limit=limit, seed=seed) for file in pairs]
         kept = VerdictCache(cache) if cache is not None else None
         try:
-            asked = [_open(spec, kept) for spec in specs]
+            asked = [_open(spec, kept, timeout) for spec in specs]
             with make_progress(quiet, make_console(stderr=True)) as progress:
                 audits = []
                 for one in found:
@@ -93,12 +98,12 @@ def _spec(text: str, sets: Sequence[str]) -> Opened:
         raise ConfigError(f"judge {text}: {describe(error, JudgeSpec)}") from error
 
 
-def _open(opened: Opened, cache: VerdictCache | None) -> AskedJudge:
+def _open(opened: Opened, cache: VerdictCache | None, timeout: float) -> AskedJudge:
     """The judge in this process, named with its settings so that two of one class can be told apart."""
     from online_dpo.judging import Asking, open_judge
 
     spec, folders = opened
-    asked = open_judge(spec, folders, Asking(cache=cache))
+    asked = open_judge(spec, folders, Asking(cache=cache, limit_s=timeout))
     if asked.uses_policy:
         raise JudgeError(f"judge '{spec.use}' asks the policy of a round: there is none to audit it with")
     settings = ", ".join(f"{key}={value!s:.{SHOWN}}" for key, value in spec.params.items())
@@ -125,6 +130,8 @@ def _output_folders(output: Path | None, pairs: Sequence[str]) -> list[Path | No
     """Where each file's audit goes: `output` itself for one file, folders in it named after several."""
     if output is None:
         return [None] * len(pairs)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"cannot write to {output}: it is a file; name a folder")
     if len(pairs) == 1:
         return [output]
     names = [Path(file).name.partition(".")[0] for file in pairs]

@@ -39,7 +39,7 @@ def _import_module(name: str, folders: Sequence[Path], asked: str) -> ModuleType
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise JudgeError(f"{asked}: no module '{name}'{nearest(name, _siblings(name, folders))}") from error
         raise JudgeError(f"{asked}: module '{name}' needs '{error.name}', which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends with sys.exit() would end the whole program
         raise JudgeError(f"{asked}: module '{name}' cannot be imported: {one_line(error)}") from error
     if root != "judges":
         _check_not_hidden(module, name, folders, asked)

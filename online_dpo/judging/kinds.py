@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from online_dpo.errors import JudgeError
 from online_dpo.judging.interface import Judge, PairwiseJudge, PointwiseJudge, Score
 from online_dpo.types import Candidate, Prompt
+
+ASKED = {"score": ("prompt", "candidates"), "prefer": ("prompt", "first", "second")}
+"""How judges are asked."""
 
 
 class _DuckPointwise(PointwiseJudge):
@@ -45,15 +49,36 @@ def as_judge(judge: object) -> Judge:
     """
     if isinstance(judge, PointwiseJudge | PairwiseJudge):
         _check_overridden(judge)
+        _check_calls(judge)
         return judge
     scores, prefers = callable(getattr(judge, "score", None)), callable(getattr(judge, "prefer", None))
     if scores and prefers:
         raise JudgeError(f"judge '{judge_name(judge)}' has both 'score' and 'prefer': subclass one of the two kinds")
+    _check_calls(judge)
     if scores:
         return _DuckPointwise(judge)
     if prefers:
         return _DuckPairwise(judge)
     raise JudgeError(f"'{judge_name(judge)}' is not a judge: it has neither 'score' nor 'prefer'")
+
+
+def _check_calls(judge: object) -> None:
+    """Whether `score` and `prefer`, where they are there, can be called as they will be, and answer at once."""
+    for name, parameters in ASKED.items():
+        method = getattr(judge, name, None)
+        if not callable(method):
+            continue
+        if inspect.iscoroutinefunction(method):
+            raise JudgeError(
+                f"judge '{judge_name(judge)}': '{name}' must not be async: it is called from threads, and waited for"
+            )
+        try:
+            inspect.signature(method).bind(*parameters)
+        except TypeError as error:
+            wanted = f"{name}(self, {', '.join(parameters)})"
+            raise JudgeError(f"judge '{judge_name(judge)}': '{name}' must be {wanted}: {error}") from error
+        except ValueError:  # a method written in C may have no signature
+            continue
 
 
 def _check_overridden(judge: Judge) -> None:

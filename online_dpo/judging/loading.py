@@ -80,7 +80,7 @@ def _construct(spec: JudgeSpec, kind: type, folders: Sequence[Path], inner: dict
         judge = kind(**params)
     except OnlineDPOError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise JudgeError(f"judge '{spec.use}' cannot be constructed: {one_line(error)}") from error
     return as_judge(judge)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ class Case:
     run there. `says` is a regular expression that the one line on standard error must match: what is wrong, where, and
     the nearest right thing where there is one. `exit_code`: None for any but 0. With `goes_on` the input is odd but
     right: the command must succeed, and `says` match what it prints. With `may_go_on` the input is random: either way
-    is right.
+    is right. With `begun` the fault shows only once a run is at work: its folder stays, to be resumed. `around` is what
+    the command is run in.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Case:
     exit_code: int | None = None
     goes_on: bool = False
     may_go_on: bool = False
+    begun: bool = False
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def kind(self) -> str:

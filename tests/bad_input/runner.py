@@ -75,11 +75,12 @@ def run_case(case: Case, run: Run | None = None) -> Outcome:
         folder = Path(name)
         arguments = case.arrange(folder)
         before = snapshot(folder)
-        ended = (run or in_process)(arguments, folder)
+        with case.around():
+            ended = (run or in_process)(arguments, folder)
         after = snapshot(folder)
     outcome = Outcome(case, ended, ())
     said = (_wrong_success if outcome.went_on else _wrong_refusal)(case, ended)
-    return replace(outcome, faults=(*said, *_lost(before, after, new_may_be=outcome.went_on)))
+    return replace(outcome, faults=(*said, *_lost(before, after, new_may_be=outcome.went_on or case.begun)))
 
 
 # --- running ---
