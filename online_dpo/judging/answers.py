@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias
 
-from online_dpo.errors import JudgeError
+from online_dpo.errors import JudgeError, one_line
 from online_dpo.judging.interface import Abstention, Opinion
 
 Answer: TypeAlias = Opinion | Abstention
@@ -21,9 +22,11 @@ def read_list(answer: Any, wanted: int, noun: str, asked: str) -> list[Any]:
     """`answer` as a list of `wanted` things; `JudgeError`, beginning with `asked`, where it is not that many."""
     if isinstance(answer, str | bytes | Mapping | AbstractSet) or not hasattr(answer, "__iter__"):
         raise JudgeError(f"{asked}: returned {type(answer).__name__} instead of {wanted} {noun}")
-    values = list(answer)
+    counted = hasattr(answer, "__len__")
+    values = list(answer if counted else itertools.islice(answer, wanted + 1))  # an iterator may have no end
     if len(values) != wanted:
-        raise JudgeError(f"{asked}: returned {len(values)} {noun} instead of {wanted}")
+        found = str(len(values)) if counted or len(values) < wanted else f"more than {wanted}"
+        raise JudgeError(f"{asked}: returned {found} {noun} instead of {wanted}")
     return values
 
 
@@ -64,14 +67,17 @@ def mean_numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float | Abstention:
-    if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0:
-        value = value.item()  # a numpy or torch scalar
-    if not isinstance(value, numbers.Real):
-        return Abstention(f"returned {type(value).__name__}, not a number")
+    kind = type(value).__name__
     try:
+        if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0:
+            value = value.item()  # a numpy or torch scalar
+        if not isinstance(value, numbers.Real):
+            return Abstention(f"returned {kind}, not a number")
         return float(value)
     except OverflowError:
         return Abstention("returned a number too large for a float")
+    except Exception as error:  # an object of the user's own may raise anything
+        return Abstention(f"returned {kind}, which cannot be read: {one_line(error)}"[:LONGEST_REASON])
 
 
 def _with_details(number: float, details: Any) -> Answer:
