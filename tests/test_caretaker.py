@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from online_dpo.backends.caretaker import MARK, Caretaker, marked
+from online_dpo.backends.caretaker import KEPT, MARK, Caretaker, marked
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 
@@ -84,3 +84,19 @@ def _file() -> str:
     from online_dpo.backends import caretaker
 
     return str(caretaker.__file__)
+
+
+def test_titles_of_processes_leave_their_environment_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's agents would write theirs over it, mark included; what a user says of it stands."""
+    monkeypatch.setenv(KEPT, "0")  # put back at the end, whatever it was
+    monkeypatch.delenv(KEPT)
+    caretaker = Caretaker()
+    caretaker.begin()
+    assert os.environ[KEPT] == "1"
+    caretaker.started()
+    assert KEPT not in os.environ
+    monkeypatch.setenv(KEPT, "0")
+    caretaker.begin()
+    caretaker.started()
+    assert KEPT in os.environ
+    caretaker.end()

@@ -18,6 +18,7 @@ import torch
 from training_parts import PAIR_EACH, job_of, learner_of
 
 from online_dpo.backends import ray_cluster as cluster
+from online_dpo.backends.caretaker import marked
 from online_dpo.backends.hf_engine import TransformersEngine
 from online_dpo.config import DPOSpec, EngineSpec, LearnerSpec, SamplingSpec
 from online_dpo.errors import (
@@ -407,3 +408,18 @@ def test_other_worker_notices_that_its_group_is_broken(
         list(stream)
     assert one_line(caught.value).startswith("learner worker ")
     assert not (tmp_path / "next").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
+def test_what_ends_rays_processes_sees_them_all(live_ray: None) -> None:
+    """Also its two agents, which write a title where /proc shows a process's environment."""
+    agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        lines = [Path(f"/proc/{process}/cmdline").read_bytes() for process in marked(cluster._caretaker._mark)]
+        titles = {line.replace(b"\0", b" ").decode(errors="replace").strip() for line in lines}
+        if agents <= titles:
+            break
+        time.sleep(0.1)
+    assert agents <= titles
+    assert any("raylet/raylet" in title for title in titles)

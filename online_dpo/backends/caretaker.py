@@ -16,6 +16,8 @@ import uuid
 from pathlib import Path
 
 MARK = "ONLINE_DPO_OWN_RAY"
+KEPT = "SPT_NOENV"
+"""With it, Ray's processes do not write their titles over what /proc shows of their environment."""
 PAUSE_S = 0.1
 QUIET_PAUSES = 3
 """Looks in a row that find nothing, before it is believed: one misses a process that is just being started."""
@@ -27,6 +29,7 @@ class Caretaker:
     def __init__(self) -> None:
         self._mark = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
+        self._unset: list[str] = []
 
     def begin(self) -> None:
         """Start the process that waits, and put the mark into this process's environment."""
@@ -41,10 +44,13 @@ class Caretaker:
             start_new_session=True,  # Ctrl-C in a terminal goes to all that share the parent's
         )
         os.environ[MARK] = self._mark
+        self._unset = [MARK] if KEPT in os.environ else [MARK, KEPT]
+        os.environ.setdefault(KEPT, "1")
 
     def started(self) -> None:
         """Take the mark back: what this process starts from now on is not seen to."""
-        os.environ.pop(MARK, None)
+        for name in self._unset:
+            os.environ.pop(name, None)
 
     def end(self) -> None:
         """Let it do its work now; returns when nothing is left."""
