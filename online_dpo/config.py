@@ -522,7 +522,7 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     key, sign, text = assignment.partition("=")
     if not sign or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {assignment:.80}: write key=value, for example --set dpo.beta=0.2")
-    value = parse_yaml(text, f"--set {key}: '{text:.80}'")
+    value = parse_yaml(text, f"--set {key}: {text!r:.80}")
     *parents, last = key.strip().split(".")
     here = data
     for parent in parents:

@@ -8,10 +8,11 @@ therefore measured on the same held-out prompts, and two arms of one seed train 
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
+import io
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import Any
 
 from online_dpo.config import PromptsSpec
 from online_dpo.errors import DataError, nearest, one_line
+from online_dpo.line_faults import CUT_OFF, bad_json_line, opened, refuse_other_encodings
 from online_dpo.models import HUB_ID, HUB_TIMEOUT
 from online_dpo.places import places_of
 from online_dpo.types import Message, Prompt
@@ -37,6 +39,7 @@ READERS = {
 SHOWN = 200
 """Characters of a path that a message repeats."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +205,7 @@ def _rows_messages(
         where = f"{spec.path}: row {number}: column '{column}'"
         said = prompt_turns(value) if turns and isinstance(value, str) else ()
         if said:
-            yield _ended_by_user(said, where), len(said) == 1
+            yield _in_order(said, where), len(said) == 1
         else:
             yield _messages(value, where), isinstance(value, str)
 
@@ -245,17 +248,23 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         return (Message("user", value),)
     if not isinstance(value, list):
         raise DataError(f"{where}: text or a list of {{role, content}} is needed, found {type(value).__name__}")
-    return _ended_by_user(tuple(to_message(turn, where) for turn in value), where)
+    return _in_order(tuple(to_message(turn, where) for turn in value), where)
 
 
-def _ended_by_user(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+def _in_order(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     if messages and messages[-1].role == "assistant":
         raise DataError(
             f"{where}: ends with an assistant turn: a prompt ends with the user's turn, the policy answers it "
             "(name the column that holds the prompt alone, or cut the answer off)"
         )
-    if messages and messages[-1].role == "system":
+    if messages and {message.role for message in messages} == {"system"}:
         raise DataError(f"{where}: has a system message but no user's turn")
+    late = next((number for number, message in enumerate(messages, 1) if number > 1 and message.role == "system"), None)
+    if late is not None:
+        raise DataError(f"{where}: message {late} is a system message: one stands first, before the user's turn")
+    first = next((message.role for message in messages if message.role != "system"), None)
+    if first == "assistant":
+        raise DataError(f"{where}: begins with an assistant turn: a prompt begins with the user's")
     return messages
 
 
@@ -311,13 +320,12 @@ def read_rows(spec: PromptsSpec, bases: Sequence[Path], what: str = "prompts") -
             if found is None:
                 return _read_hub(spec, bases)
             return _read_file(spec, found) if found.is_file() else _read_folder(spec, found)
-    # StopIteration is what `datasets` lets through for a file without rows; the last two are of a file cut off.
-    except (
-        OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError, EOFError, zlib.error,
-    ) as error:  # fmt: skip
+    # StopIteration is what `datasets` lets through for a file without rows.
+    except (*CUT_OFF, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         if "corresponds to no data" in str(error):
             raise DataError(f"{spec.path}: split '{spec.split}' has no rows") from error
-        raise DataError(f"{spec.path} cannot be read: {one_line(error.__cause__ or error)}") from error
+        line = bad_json_line(found) if found is not None and _suffix(found) in JSON_LINES else ""
+        raise DataError(f"{spec.path} cannot be read: {line or one_line(error.__cause__ or error)}") from error
 
 
 @contextmanager
@@ -339,25 +347,37 @@ def _quiet() -> Iterator[None]:
 def _read_file(spec: PromptsSpec, path: Path) -> Any:
     import datasets
 
-    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix not in COMPRESSED), "")
+    suffix = _suffix(path)
     if suffix not in READERS:
         raise DataError(f"{spec.path}: a prompt file is one of {', '.join(READERS)}{nearest(suffix, READERS)}")
+    if "::" in str(path):
+        raise DataError(f"{spec.path}: '::' in a path is taken for a chain of addresses: give it another name")
     if path.stat().st_size == 0:
         raise DataError(f"{spec.path} is empty")
-    options = _csv_options(path, suffix) if READERS[suffix] == "csv" else {}
-    return datasets.load_dataset(READERS[suffix], data_files=str(path), split=spec.split, **options)
+    if READERS[suffix] != "parquet":
+        refuse_other_encodings(path, spec.path)
+    options = _csv_options(spec.path, path, suffix) if READERS[suffix] == "csv" else {}
+    # Escaped: a star in the name would stand for other files too.
+    return datasets.load_dataset(READERS[suffix], data_files=glob.escape(str(path)), split=spec.split, **options)
 
 
-def _csv_options(path: Path, suffix: str) -> dict[str, Any]:
+def _suffix(path: Path) -> str:
+    """What the file's name ends with, but for compression."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix not in COMPRESSED), "")
+
+
+def _csv_options(name: str, path: Path, suffix: str) -> dict[str, Any]:
     """Every cell is text: neither an id 007 nor a prompt "None" may turn into something else."""
     import datasets
 
     separator = "\t" if suffix == ".tsv" else ","
     options: dict[str, Any] = {"sep": separator, "keep_default_na": False}
-    if path.suffix not in COMPRESSED:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            header = next(csv.reader(stream, delimiter=separator))
-        options["features"] = datasets.Features({name: datasets.Value("string") for name in header})
+    with opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        header = next(csv.reader(text, delimiter=separator), [])
+    twice = next((column for column in header if header.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{name}: two columns are called '{twice}': rename one")
+    options["features"] = datasets.Features({column: datasets.Value("string") for column in header})
     return options
 
 

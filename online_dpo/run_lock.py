@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from online_dpo.errors import RunFolderError, one_line
+from online_dpo.run_hint import no_run
 
 NAME = ".lock"
 
@@ -40,7 +41,7 @@ def hold(root: Path, *, new: bool = False) -> Iterator[None]:
         except OSError as error:
             raise RunFolderError(f"the run folder {root} cannot be made: {error}") from error
     elif not (root / "manifest.json").exists():  # nothing is put into a folder that is none
-        raise RunFolderError(f"{root} is no run folder (no manifest.json in it)")
+        raise no_run(root)
     if (root / NAME).is_symlink():
         raise RunFolderError(f"{root / NAME} is a symbolic link: in a run folder such are not followed; remove it")
     lock = FileLock(root / NAME)

@@ -59,6 +59,7 @@ from online_dpo.files import (
 from online_dpo.leaving import LEAVING
 from online_dpo.links import refuse_links, refuse_links_at
 from online_dpo.metrics_check import checked_metrics
+from online_dpo.run_hint import no_run
 from online_dpo.run_lock import hold
 from online_dpo.yaml_file import read_yaml
 
@@ -155,7 +156,7 @@ class RunStore:
     def open(cls, root: Path) -> RunStore:
         """The run in folder `root`; `RunFolderError` when there is none or another version wrote it."""
         if not cls.exists(root):
-            raise RunFolderError(f"{root} is no run folder (no manifest.json in it)")
+            raise no_run(root)
         store = cls(root)
         if store.manifest.get("format") != FORMAT:
             raise RunFolderError(

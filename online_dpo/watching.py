@@ -19,6 +19,7 @@ from online_dpo.files import read_json
 from online_dpo.judging.cache import read_spent
 from online_dpo.links import refuse_links
 from online_dpo.metrics_check import checked_metrics
+from online_dpo.run_hint import run_hint
 from online_dpo.yaml_file import read_yaml
 
 RoundState = Literal["done", "running", "waiting"]
@@ -74,7 +75,7 @@ class Snapshot:
 def read_snapshot(root: Path) -> Snapshot:
     """The run in folder `root` as it is now; `RunFolderError` when there is no such folder."""
     if not root.is_dir():
-        raise RunFolderError(f"no run folder at {root}")
+        raise RunFolderError(f"no run folder at {root}{run_hint(root)}")
     refuse_links(root)
     experiment = _experiment(root)
     progress = _read(root / NAME) or {}

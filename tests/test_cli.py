@@ -148,9 +148,9 @@ def test_files_that_are_no_experiment(desk: Desk) -> None:
     desk.file.write_text("name: [unclosed", encoding="utf-8")
     assert "is not valid YAML" in one_line(desk("run", desk.file))
     desk.file.write_text("- a\n- b\n", encoding="utf-8")
-    assert "an experiment is a mapping of keys, found list" in one_line(desk("run", desk.file))
+    assert "an experiment is a mapping of keys, found a list" in one_line(desk("run", desk.file))
     desk.file.write_bytes(b"\xff\xfe\x00name")
-    assert "cannot read" in one_line(desk("run", desk.file))
+    assert "is not UTF-8 (line 1)" in one_line(desk("run", desk.file))
     desk.file.write_text("name: a\nname: b\n", encoding="utf-8")
     assert "key 'name' stands twice (line 2)" in one_line(desk("run", desk.file))
 

@@ -34,12 +34,13 @@ def export(
     """Write a run's pairs, or all of its stages, for `datasets` and TRL."""
     with errors_in_one_line(debug):
         from online_dpo.display import clean, make_console
-        from online_dpo.export import Selection, export_stages, parse_rounds
+        from online_dpo.export import Selection, check_selection, export_stages, parse_rounds
         from online_dpo.store import RunStore
 
         with reading(folder):
             store = RunStore.open(folder)
             selection = Selection(arm, seed, None if rounds is None else parse_rounds(rounds))
+            check_selection(store, selection)
             if form == "parquet":
                 said = f"{export_stages(store, selection, out)} files"
             else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperGroup
-from typer.exceptions import TyperException
+from typer.exceptions import Abort, TyperException
 
 
 class Program(TyperGroup):
@@ -30,6 +30,11 @@ class Program(TyperGroup):
                 raise
             print(_line(error), end="", file=sys.stderr)
             sys.exit(error.exit_code)
+        except Abort:
+            if not standalone_mode:
+                raise
+            print("online-dpo: left", file=sys.stderr)
+            sys.exit(1)
         if standalone_mode:
             sys.exit(status if isinstance(status, int) else 0)
         return status

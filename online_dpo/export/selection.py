@@ -37,8 +37,8 @@ def parse_rounds(text: str) -> range:
     return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 
-def chosen_rounds(store: RunStore, selection: Selection) -> Iterator[ChosenRound]:
-    """The closed rounds of `selection`, by arm, seed and round. `ConfigError` for an arm or seed that is not there."""
+def check_selection(store: RunStore, selection: Selection) -> None:
+    """Raise `ConfigError` for an arm or seed that is not there."""
     experiment = store.experiment
     if selection.arm is not None and selection.arm not in experiment.arms:
         raise ConfigError(
@@ -47,6 +47,12 @@ def chosen_rounds(store: RunStore, selection: Selection) -> Iterator[ChosenRound
         )
     if selection.seed is not None and selection.seed not in experiment.seeds:
         raise ConfigError(f"--seed {selection.seed}: the run has {', '.join(map(str, experiment.seeds))}")
+
+
+def chosen_rounds(store: RunStore, selection: Selection) -> Iterator[ChosenRound]:
+    """The closed rounds of `selection`, by arm, seed and round. Raises what `check_selection` raises."""
+    check_selection(store, selection)
+    experiment = store.experiment
     for arm in [selection.arm] if selection.arm is not None else experiment.arms:
         for seed in [selection.seed] if selection.seed is not None else experiment.seeds:
             for index in range(experiment.arm(arm).rounds + 1):

@@ -21,13 +21,29 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
+import command_cases
+import dataset_cases
+import gpu_cases
+import judge_cases
 import lora_cases
 import model_cases
+import prompt_cases
+import tokenizer_cases
 import yaml_cases
 from case import Case
 from runner import SECONDS, Outcome, in_subprocess, run_case
 
-MODULES = (yaml_cases, model_cases, lora_cases)
+MODULES = (
+    yaml_cases,
+    command_cases,
+    prompt_cases,
+    model_cases,
+    lora_cases,
+    tokenizer_cases,
+    dataset_cases,
+    judge_cases,
+    gpu_cases,
+)
 IN_A_PROCESS = 40
 """One case of so many is run a second time, in a process of its own."""
 
