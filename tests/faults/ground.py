@@ -20,7 +20,9 @@ from online_dpo.files import digest
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parents[2] / "shared" / "data" / "models" / "stories260k"
-TIMINGS = ("seconds", "tokens_per_second", "ledger")
+HOW = ("seconds", "tokens_per_second", "ledger", "reference_from")
+"""What a record says of how its figures came about, which is not the same after a kill: seconds, what was asked in the
+process that ended the stage, and whether the reference's log-probs were computed in it or found in the cache."""
 BATCH = 4
 """Answers that a kill may lose between the judge and its cache: two candidates of a prompt, in two calls at once."""
 SMALL: dict[str, Any] = {
@@ -122,19 +124,19 @@ def _watched(victim: Victim, root: Path) -> Reference:
 
 
 def results(root: Path) -> dict[str, Any]:
-    """All that a run computed: digests of its tables and policies, pins, figures; nothing that a clock says."""
+    """All that a run computed: digests of its tables and policies, pins, figures; nothing of how these came about."""
     arms = root / "arms"
     found: dict[str, Any] = {}
     for path in sorted([*arms.rglob("*.parquet"), *arms.rglob("*.safetensors"), *arms.rglob("policy.json")]):
         found[path.relative_to(arms).as_posix()] = digest(path)
     for path in sorted([*arms.rglob("round.json"), *arms.rglob("metrics.json")]):
-        found[path.relative_to(arms).as_posix()] = _untimed(json.loads(path.read_text(encoding="utf-8")))
+        found[path.relative_to(arms).as_posix()] = _what_came_out(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 
-def _untimed(data: Any) -> Any:
+def _what_came_out(data: Any) -> Any:
     if isinstance(data, dict):
-        return {key: _untimed(value) for key, value in data.items() if key not in TIMINGS}
+        return {key: _what_came_out(value) for key, value in data.items() if key not in HOW}
     return data
 
 
