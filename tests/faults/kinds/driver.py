@@ -3,8 +3,8 @@
 Half of the moments are drawn uniformly over the seconds that the undisturbed run takes; half lie in a stage that is
 drawn uniformly over all its stages, as the run folder's progress.json tells them. Some runs are killed several times
 (`--chain`), each time in what goes on from the kill before. Compared, bit for bit: candidates, verdicts, pairs,
-policies, figures (but for how they came about: `ground.HOW`). The judge is asked nothing that its cache holds (`ground.paid_twice`). After
-each kill nothing of the run is left: no process, no shared memory, no port.
+policies, and figures but for how they came about (`ground.HOW`). The judge is asked nothing that its cache holds
+(`ground.paid_twice`). After each kill nothing of the run is left: no process, no shared memory, no port.
 """
 
 from __future__ import annotations
