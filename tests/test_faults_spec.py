@@ -71,7 +71,8 @@ def test_each_fault_is_one_thing_that_arms_differ_in() -> None:
     [
         ({"dpo": {"faults": {"score_promt": True}}}, "'dpo.faults.score_promt' (did you mean 'score_prompt'?"),
         ({"dpo": {"faults": {"dropout": 0.1}}}, "dpo.faults.dropout: "),
-        ({"arms": {"a": {"dpo": {"faults": {"beta": True}}}}}, "'arms.a.dpo.faults.beta'; known: score_prompt"),
+        ({"arms": {"a": {"dpo": {"faults": {"forgets": True}}}}}, "'arms.a.dpo.faults.forgets'; known: score_prompt"),
+        ({"arms": {"a": {"dpo": {"faults": {"beta": True}}}}}, "'arms.a.dpo.faults.beta' (did you mean 'dpo.beta'?)"),
         ({"dpo": {"loss": "sft", "faults": {"dropout": True}}}, "dpo.faults are those of losses of pairs; loss 'sft'"),
         ({"algorithm": "rloo", "dpo": {"faults": {"dropout": True}}}, "dpo.faults are those of losses of pairs, and"),
         ({"dpo": {"importance_clip": 2.0, **SCORES_PADDING}}, "'importance_clip' weighs by log-probs that were stored"),
