@@ -51,6 +51,8 @@ class Run:
     live_model: Callable[[], LiveModel] | None = None
     """The engine as something to talk to, for judges that ask the policy."""
     tracking: Tracking | None = None
+    apart: bool = False
+    """Engine and learner have a GPU each: neither takes anything from the other."""
     open_lane: Callable[[], AbstractContextManager[Run]] | None = None
     """Starts another engine and learner, of the same kind, for arms that are at work side by side (`lane`)."""
     end_lanes: Callable[[], None] | None = None

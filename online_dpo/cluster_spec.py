@@ -39,6 +39,11 @@ class ClusterSpec(Spec):
         default=None,
         description="answers are judged as they come; default: by judges that wait for a server, or have a GPU",
     )
+    sample_while_evaluating: bool | None = Field(
+        default=None,
+        description="a round is sampled while judge and learner evaluate the one before; default: where engine and "
+        "learner have a GPU each",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ from online_dpo.store import RoundFolder, StageRecord
 from online_dpo.types import Abstain, Candidate, Policy, Verdict
 
 
-def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy, reference: Policy | None) -> StageRecord:
+def evaluate_policy(
+    arm: Arm,
+    folder: RoundFolder,
+    policy: Policy,
+    reference: Policy | None,
+    drawn: Callable[[], None] | None = None,
+) -> StageRecord:
     """One answer to every held-out prompt, its score and the gold judge's, and its log-probs under the initial policy
-    and under the reference of the round that trained `policy` (None: no round did)."""
+    and under the reference of the round that trained `policy` (None: no round did).
+
+    `drawn` is called once the engine is free: all answers are there. Not called where the stage is done already.
+    """
     experiment = arm.run.experiment
     spec, gold = experiment.evaluation_judge(arm.name), experiment.evaluation.gold
     sampling = held_out_sampling(experiment, arm.settings)
@@ -35,6 +44,8 @@ def evaluate_policy(arm: Arm, folder: RoundFolder, policy: Policy, reference: Po
         seeds = [(derive_seed(arm.seed, "held_out", prompt.id),) for prompt in arm.run.held_out]
         label = f"round {folder.index} evaluate"
         answers, figures = generate(arm, label, arm.run.held_out, seeds, sampling)
+        if drawn is not None:
+            drawn()
         verdicts, ledger = _judged(arm, folder, spec, answers)
         golden, gold_ledger = (None, None) if gold is None else _judged(arm, folder, gold, answers)
         initial = _logprobs(arm, f"{label}, KL", arm.run.initial, policy, answers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from online_dpo.ahead import round_ahead
+from online_dpo.ahead import answers_ahead, round_ahead
 from online_dpo.arms import Arm, Run
 from online_dpo.block_round import make_in_blocks
 from online_dpo.config import Experiment
@@ -76,8 +76,9 @@ def run_round(arm: Arm, folder: RoundFolder, pinned: Pinned) -> None:
     data, train = _gather_and_train(arm, folder, pinned)
     policy = arm.policies.at(folder.index)
     off_policy = score_off_policy(arm, folder, pinned, data, policy)
-    evaluate = evaluate_policy(arm, folder, policy, pinned.reference)
-    human = rank_human_pairs(arm, folder, policy)
+    with answers_ahead(arm, folder.index + 1) as engine_is_free:
+        evaluate = evaluate_policy(arm, folder, policy, pinned.reference, engine_is_free)
+        human = rank_human_pairs(arm, folder, policy)
     done = [folder.done("reference"), folder.done("refresh"), *data.records, train, off_policy, evaluate, human]
     stages = [record for record in done if record is not None]
     folder.close(

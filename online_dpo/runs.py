@@ -405,6 +405,7 @@ def _live(
             place_judge=backends.place_judge,
             live_model=live_model,
             tracking=tracking,
+            apart=backends.apart,
             open_lane=open_lane,
             end_lanes=session.end_sets,
         )

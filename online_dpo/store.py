@@ -80,6 +80,7 @@ MAY_CHANGE = frozenset(
         "cluster.wait_s",
         "cluster.copy_weights",
         "cluster.judge_while_sampling",
+        "cluster.sample_while_evaluating",
         "cluster.lanes",
         "engine.threads",
         "engine.gpus",

@@ -1,4 +1,4 @@
-"""`source: {lag: k}`: a round is sampled while the one before it trains, and nothing comes of it but time."""
+"""A round is sampled while the one before trains (`source: {lag: k}`) or is evaluated: nothing comes of it but time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from fakes import FakeEngine, FakeLearner
 from test_loop import World, experiment, results
 
-from online_dpo.ahead import may_run_ahead
+from online_dpo.ahead import may_run_ahead, may_sample_ahead
 from online_dpo.arms import Arm
 from online_dpo.config import Experiment, SamplingSpec
 from online_dpo.errors import EngineError
 from online_dpo.loop import run_experiment
 from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
-from online_dpo.types import Candidate, Policy
+from online_dpo.types import Candidate, Policy, Prompt
 
 PATIENCE_S = 60.0
 
@@ -239,3 +239,77 @@ def test_killed_at_any_stage_ahead_it_is_resumed_to_the_same_end(tmp_path: Path)
         (half / "verdicts.parquet").write_bytes(b"half")
         resumed = World(root, spec).go()
         assert results(resumed.root) == results(whole.root)
+
+
+# --- while the round before is evaluated ---
+
+
+def evaluated_beside(wanted: bool | None = True, **changes: Any) -> Experiment:
+    return experiment(**{"arms": {"on": {}}, "rounds": 3, "cluster": {"sample_while_evaluating": wanted}} | changes)
+
+
+class WaitingToScore(FakeLearner):
+    """Scores the held-out answers of a round only once the next round's answers are on disk."""
+
+    root: Path
+
+    def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:
+        trained = [call[1] for call in self.calls if call[0] == "train"]
+        if trained and (index := int(trained[-1][-2:])) < 3:
+            sample = self.root / "arms" / "on" / "seed_0" / f"round_{index + 1:02d}" / "stages" / "sample.json"
+            waiting = threading.Event()
+            for _ in range(int(PATIENCE_S / 0.02)):
+                if sample.exists():
+                    break
+                waiting.wait(0.02)
+            assert sample.exists(), f"round {index + 1} was not sampled while round {index} was evaluated"
+        return super().score(policy, items)
+
+
+def test_a_round_is_sampled_while_the_one_before_is_scored(tmp_path: Path) -> None:
+    """Rounds 2 and 3 are; and what comes of it is what comes of one after the other."""
+    learner = type("Here", (WaitingToScore,), {"root": tmp_path / "beside"})
+    beside = World(tmp_path / "beside", evaluated_beside(), learner=learner).go()
+    after = World(tmp_path / "after", evaluated_beside(False)).go()
+    assert results(beside.root) == results(after.root)
+    assert [label for other in beside.progress.others for label, _ in other.stages] == [
+        f"on · seed 0 · round {index} sample" for index in (2, 3)
+    ]
+    assert after.progress.others == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounds"),
+    [
+        ({}, [1, 2, 3]),
+        ({"source": "initial"}, [1, 2, 3]),
+        ({"source": {"every": 2}}, [1, 2, 3]),
+        ({"source": {"lag": 1}}, []),
+        ({"source": {"every_steps": 2}}, []),
+        ({"engine": {"share_gpu": True}}, []),
+        ({"cluster": {"sample_while_evaluating": False}}, []),
+        ({"cluster": {"sample_while_evaluating": None}}, []),
+    ],
+)
+def test_which_rounds_may_be_sampled_beside_an_evaluation(
+    tmp_path: Path, changes: dict[str, Any], rounds: list[int]
+) -> None:
+    """Round 4 is none. By default only where engine and learner have a GPU each."""
+    spec = evaluated_beside(**{"arms": {"on": {"source": changes.pop("source", "current")}}} | changes)
+    world = World(tmp_path / "run", spec)
+    arm = Arm(world.run, "on", 0, spec.arm("on"))
+    assert [index for index in range(1, 5) if may_sample_ahead(arm, index)] == rounds
+    world.run.apart = True
+    by_itself = spec.cluster.sample_while_evaluating is None
+    assert [index for index in range(1, 5) if may_sample_ahead(arm, index)] == ([1, 2, 3] if by_itself else rounds)
+
+
+def test_what_fails_beside_an_evaluation_ends_the_run_once_it_is_evaluated(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", evaluated_beside(), engine=Failing)
+    with pytest.raises(EngineError, match=r"^the engine is out of memory$"):
+        run_experiment(world.run)
+    assert world.folder("on", 1).done("evaluate") is not None
+    assert not world.folder("on", 2).path.joinpath("candidates.parquet").exists()
+    world.parts.pop("engine")
+    resumed = world.reopen().go()
+    assert results(resumed.root) == results(World(tmp_path / "after", evaluated_beside(False)).go().root)

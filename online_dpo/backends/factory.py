@@ -31,6 +31,8 @@ class Backends:
     engine: Engine
     learner: Learner
     place_judge: Place
+    apart: bool = False
+    """Whether engine and learner have a GPU each."""
 
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -170,6 +172,7 @@ def start_set(
             ray_set.engine_of(actors, experiment, kind, say),
             ray_set.learner_of(actors, experiment),
             JudgePlacer(session),
+            actors.apart,
         )
 
 

@@ -31,7 +31,8 @@ WORKER = "learner worker"
 class Actors:
     """A set's actors, not built yet, with the node of each; and the initial policy as each node can read it.
 
-    `files` brings policies to nodes; None on this machine alone, where all read the run folder.
+    `files` brings policies to nodes; None on this machine alone, where all read the run folder. `apart`: engines and
+    workers have whole GPUs of their own.
     """
 
     engines: tuple[ActorHandle, ...]
@@ -40,6 +41,7 @@ class Actors:
     worker_nodes: tuple[str, ...]
     initial: dict[str, Policy]
     files: NodeFiles | None
+    apart: bool
 
 
 @contextmanager
@@ -76,6 +78,7 @@ def start(
             tuple(placed.nodes[place] for place in ranks),
             here if files is None else files.bring(initial, placed.nodes, stay=True),
             files,
+            apart=min(engine_gpus, worker_gpus) >= 1,
         )
     finally:
         if files is not None:
