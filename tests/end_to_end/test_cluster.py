@@ -30,7 +30,14 @@ SAME: dict[str, Any] = {
     # Two prompts a batch of the engine's: three batches a round for two engines, four for the held-out prompts.
     "engine": {"kind": "transformers", "threads": 1, "batch_size": 6},
 }
-FAR = {"engines": 2, "strategy": "spread", "copy_weights": True, "judge_while_sampling": True, "wait_s": 120}
+FAR = {
+    "engines": 2,
+    "strategy": "spread",
+    "copy_weights": True,
+    "judge_while_sampling": True,
+    "sample_while_evaluating": True,
+    "wait_s": 120,
+}
 
 
 LOOK = """
