@@ -22,7 +22,7 @@ from typing import Any
 
 from online_dpo.config import PromptsSpec
 from online_dpo.errors import DataError, nearest, one_line
-from online_dpo.line_faults import CUT_OFF, bad_json_line, opened, refuse_other_encodings
+from online_dpo.line_faults import CUT_OFF, bad_json_line, opened, readable, refuse_other_encodings
 from online_dpo.models import HUB_ID, HUB_TIMEOUT
 from online_dpo.places import places_of
 from online_dpo.types import Message, Prompt
@@ -354,11 +354,20 @@ def _read_file(spec: PromptsSpec, path: Path) -> Any:
         raise DataError(f"{spec.path}: '::' in a path is taken for a chain of addresses: give it another name")
     if path.stat().st_size == 0:
         raise DataError(f"{spec.path} is empty")
-    if READERS[suffix] != "parquet":
+    if not readable(path):
+        _refuse_without_zstd(spec)
+    elif READERS[suffix] != "parquet":
         refuse_other_encodings(path, spec.path)
     options = _csv_options(spec.path, path, suffix) if READERS[suffix] == "csv" else {}
     # Escaped: a star in the name would stand for other files too.
     return datasets.load_dataset(READERS[suffix], data_files=glob.escape(str(path)), split=spec.split, **options)
+
+
+def _refuse_without_zstd(spec: PromptsSpec) -> None:
+    from fsspec.compression import available_compressions
+
+    if "zstd" not in available_compressions():
+        raise DataError(f"{spec.path}: .zst needs the package zstandard: install it, or compress the file with gzip")
 
 
 def _suffix(path: Path) -> str:
@@ -372,6 +381,8 @@ def _csv_options(name: str, path: Path, suffix: str) -> dict[str, Any]:
 
     separator = "\t" if suffix == ".tsv" else ","
     options: dict[str, Any] = {"sep": separator, "keep_default_na": False}
+    if not readable(path):
+        return options
     with opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         header = next(csv.reader(text, delimiter=separator), [])
     twice = next((column for column in header if header.count(column) > 1), None)

@@ -231,6 +231,12 @@ FILES: tuple[tuple[str, Arrange, str], ...] = (
         r"prompts\.jsonl\.xz",
     ),
     ("noise", given("prompts.jsonl", bytes(range(256)) * 40), r"prompts\.jsonl"),
+    (
+        "a bzip2 archive that is none",
+        given("prompts.jsonl.bz2", rows(*GOOD)),
+        r"prompts\.jsonl\.bz2 cannot be read",
+    ),
+    ("a zstd archive that is none", given("prompts.jsonl.zst", rows(*GOOD)), r"prompts\.jsonl\.zst"),
     ("noise as Parquet", given("prompts.parquet", bytes(range(256)) * 40), r"prompts\.parquet.*"),
     ("a truncated Parquet file", given("prompts.parquet", b"PAR1" + bytes(100)), r"prompts\.parquet"),
     ("numbers in Parquet", parquet, r"row 1: column 'prompt': text or a list"),
