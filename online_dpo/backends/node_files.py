@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from online_dpo.backends.ray_cluster import wait
+from online_dpo.backends.sharing import share
 from online_dpo.errors import EngineError, RunFolderError
 from online_dpo.models import PICKLES, digest_folder
 from online_dpo.policies import read_policy
@@ -181,7 +182,7 @@ class NodeFiles:
     def _send(self, policy: Policy, nodes: list[str]) -> None:
         for file in files_of(policy.path):
             for name, data in pieces(file):
-                shared = ray.put(data)
+                shared = share(data, EngineError)
                 self.bytes += len(data) * len(nodes)
                 for reference in [self.keepers[node].append.remote(policy.digest, name, shared) for node in nodes]:
                     _get(reference)

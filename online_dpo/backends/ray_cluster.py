@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from online_dpo.backends.allocator import learner_environment
 from online_dpo.backends.caretaker import Caretaker
+from online_dpo.backends.sharing import share
 from online_dpo.config import EngineSpec, LearnerSpec, LoraSpec, SamplingSpec
 from online_dpo.errors import ConfigError, EngineError, LearnerError, OnlineDPOError, TrainingError, one_line
 from online_dpo.protocols import SampleRequest, TrainJob, TrainStart, TrainStep
@@ -196,7 +197,7 @@ class RayLearner:
 
     def train(self, job: TrainJob) -> Iterator[TrainStart | TrainStep | Policy]:
         """`protocols.Learner.train`; what worker 0 says is passed on, the others work in step with it."""
-        shared = ray.put(job)
+        shared = share(job, LearnerError)
         yield from in_step([worker.train.options(num_returns="streaming").remote(shared) for worker in self.workers])
 
     def score(self, policy: Policy, items: Sequence[tuple[Prompt, Candidate]]) -> list[list[float]]:

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 
 from online_dpo.backends.ray_cluster import free_address, in_step, start_learner_actors, start_ray, stop_ray, wait
 from online_dpo.backends.reward_trainer import LocalRewardTrainer, RewardStep
+from online_dpo.backends.sharing import share
 from online_dpo.config import LearnerSpec
 from online_dpo.errors import ConfigError, TrainingError
 from online_dpo.reward_pairs import TokenPair
@@ -60,13 +61,13 @@ class RayRewardTrainer:
 
     def train(self, pairs: Sequence[TokenPair], spec: RewardSpec) -> Iterator[RewardStep]:
         """Worker 0's steps, as each is done by all."""
-        shared = ray.put(list(pairs))
+        shared = share(list(pairs), TrainingError)
         streams = [worker.train.options(num_returns="streaming").remote(shared, spec) for worker in self.workers]
         yield from in_step(streams)
 
     def scores(self, rows: Sequence[Sequence[int]], batch_size: int) -> list[float]:
         """The reward of each row of token ids."""
-        shared = ray.put(list(rows))
+        shared = share(list(rows), TrainingError)
         found: list[list[float]] = wait(
             [w.scores.remote(shared, batch_size) for w in self.workers], TrainingError, WORKER
         )

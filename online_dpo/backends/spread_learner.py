@@ -10,6 +10,7 @@ from ray.actor import ActorHandle
 
 from online_dpo.backends.node_files import NodeFiles
 from online_dpo.backends.ray_cluster import RayLearner, in_step, wait
+from online_dpo.backends.sharing import share
 from online_dpo.errors import ConfigError, LearnerError
 from online_dpo.models import digest_folder
 from online_dpo.protocols import TrainJob, TrainStart, TrainStep
@@ -40,7 +41,7 @@ class SpreadLearner(RayLearner):
             job = self._without_shared_folder(job, sees)
         first = self.nodes[0]
         out = job.out if sees[first] else self.files.empty(first)
-        jobs = self._jobs(job, out)
+        jobs = {node: share(own, LearnerError) for node, own in self._jobs(job, out).items()}
         streams = [
             worker.train.options(num_returns="streaming").remote(jobs[node])
             for worker, node in zip(self.workers, self.nodes, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -38,6 +39,12 @@ SMALL: dict[str, Any] = {
 }
 NAMES = ("Tom", "Lily", "Ben", "Mia", "Sam", "Anna")
 THINGS = ("a red ball", "a big dog", "an old tree", "a blue hat")
+
+
+def injected(name: str, value: object) -> dict[str, str]:
+    """The environment of a process to which `injected/sitecustomize.py` does fault ONLINE_DPO_FAULTS_`name`."""
+    path = [str(HERE / "injected"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(path), f"ONLINE_DPO_FAULTS_{name}": str(value)}
 
 
 @dataclass(frozen=True)

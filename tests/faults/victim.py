@@ -76,6 +76,23 @@ class Victim:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    def stand_still(self) -> None:
+        """SIGSTOP to the driver: nothing of it goes on until `go_on`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether the driver was stopped and not let go on."""
+        try:
+            text = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8")
+        except OSError:  # gone meanwhile
+            return False
+        return text.rpartition(")")[2].split()[0] == "T"
+
     def interrupt(self) -> None:
         """Ctrl-C: a terminal sends SIGINT to the whole process group."""
         os.killpg(self.process.pid, signal.SIGINT)

@@ -1,7 +1,8 @@
 """Read by every Python that has this folder in PYTHONPATH, before anything else: does to it what the environment says.
 
 ONLINE_DPO_FAULTS_CLOCK: `time.time` jumps. ONLINE_DPO_FAULTS_ROWS=N: the transformers engine has memory for N sequences
-at once; for more, torch's own allocator is asked for more than any machine has.
+at once; for more, torch's own allocator is asked for more than any machine has. ONLINE_DPO_FAULTS_STOP=NAME: the
+process stops (SIGSTOP) once it has made a folder of that name, for the first time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +26,19 @@ def jump() -> None:
     """The time of day is another after every `EVERY_S` seconds; clocks that nobody sets go on as they do."""
     real, steady = time.time, time.monotonic
     time.time = lambda: real() + JUMPS_S[int(steady() / EVERY_S) % len(JUMPS_S)]
+
+
+def stop_at(name: str) -> None:
+    """Whoever waits for it does its fault, and lets the process go on."""
+    real = os.mkdir
+
+    def mkdir(path: Any, *given: Any, **named: Any) -> None:
+        real(path, *given, **named)
+        if os.path.basename(path) == name:
+            os.mkdir = real
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    os.mkdir = mkdir
 
 
 class LittleMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -62,5 +77,7 @@ class LittleMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 if os.environ.get("ONLINE_DPO_FAULTS_CLOCK"):
     jump()
+if os.environ.get("ONLINE_DPO_FAULTS_STOP"):
+    stop_at(os.environ["ONLINE_DPO_FAULTS_STOP"])
 if os.environ.get("ONLINE_DPO_FAULTS_ROWS"):
     sys.meta_path.insert(0, LittleMemory(int(os.environ["ONLINE_DPO_FAULTS_ROWS"])))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from ground import HERE, Ground, Outcome
+from ground import Ground, Outcome, injected
 from victim import Victim
 
 
@@ -17,7 +17,7 @@ def inject(ground: Ground) -> Iterator[Outcome]:
     """One."""
     reference = ground.reference()
     folder, root = ground.lay()
-    environment = {"PYTHONPATH": str(HERE / "injected"), "ONLINE_DPO_FAULTS_CLOCK": "jumps"}
+    environment = injected("CLOCK", "jumps")
     victim = Victim(folder, "run", "experiment.yaml", environment=environment)
     status = victim.end()
     difference = ground.same(root, reference) if status == 0 else f"ended with {status}: {victim.said()}"

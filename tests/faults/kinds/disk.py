@@ -1,5 +1,5 @@
-"""A disk that is full in every stage: the run folder lies on a small file system in memory, whose free room is taken as
-soon as the stage begins to write.
+"""A disk that is full in every stage: the run folder lies on a small file system in memory. The driver stops itself as
+the stage's folder is made, the free room is taken, and it goes on.
 
 The run ends in one line that names a file and how much is free, with status 1, without a trace; its finished stages are
 whole. With room again it goes on, and ends with the undisturbed run's bits. The file system is mounted, which takes
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ground import Ground, Outcome, Reference, at_kill
+from ground import Ground, Outcome, Reference, at_kill, injected
 from victim import Victim
 
 SIZE = "24m"
 FREE = 6 * 2**20
-"""What is left free until the stage begins: little enough to be taken at once, more than a round writes."""
+"""What is left free until the stage begins: more than a round writes."""
 STAGES = ("sample", "judge", "audit", "pair", "train", "off_policy", "evaluate")
 
 
@@ -60,13 +60,12 @@ def _filled(ground: Ground, reference: Reference, stage: str, place: tuple[Path,
     folder, root, mount = place
     what = f"no room while it writes '{stage}'"
     _fill(mount, FREE, "most")
-    aside = f".{stage}.tmp"
-    victim = Victim(folder, "run", "experiment.yaml", "--quiet")
-    rounds = [root / "arms" / "on_policy" / "seed_0" / f"round_{index:02d}" for index in (1, 2)]
-    while not victim.ended and not any((at / aside).exists() for at in rounds):
-        continue  # no pause: some stages take milliseconds
-    while not victim.ended and os.statvfs(mount).f_bavail:
+    victim = Victim(folder, "run", "experiment.yaml", "--quiet", environment=injected("STOP", f".{stage}.tmp"))
+    if not victim.until(lambda: victim.stands_still):
+        return Outcome(what, False, f"was never at {stage}: {victim.said()}")
+    while os.statvfs(mount).f_bavail:
         _fill(mount, 0, f"rest_{os.statvfs(mount).f_bavail}")
+    victim.go_on()
     status, line = victim.end(), victim.error()
     left, _ = victim.gone()
     if status != 1 or not line.startswith("online-dpo: the disk is full: ") or " free of " not in line or left:

@@ -34,9 +34,12 @@ def _opened_twice(ground: Ground) -> str:
     folder, root = ground.lay()
     first = Victim(folder, "run", "experiment.yaml", "--quiet")
     first.until(lambda: bool(first.label(root)))
-    for arguments in (("resume", str(root)), ("run", "experiment.yaml")):
-        second = Victim(folder, *arguments)
-        if second.end() != 2 or "is in use by another process (process " not in second.error():
+    first.stand_still()  # it would have ended before the second has started
+    seconds = [Victim(folder, *arguments) for arguments in (("resume", str(root)), ("run", "experiment.yaml"))]
+    statuses = [second.end() for second in seconds]
+    first.go_on()
+    for status, second in zip(statuses, seconds, strict=True):
+        if status != 2 or "is in use by another process (process " not in second.error():
             return f"the second was not told: {second.said()}"
     return ground.same(root, ground.reference()) if first.end() == 0 else first.said()
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from ground import HERE, Ground, Outcome
+from ground import Ground, Outcome, injected
 from victim import Victim
 
 ROWS = 8
@@ -27,7 +27,7 @@ def inject(ground: Ground) -> Iterator[Outcome]:
         if ground.options.only not in what:
             continue
         folder, root = ground.lay()
-        environment = {"PYTHONPATH": str(HERE / "injected"), "ONLINE_DPO_FAULTS_ROWS": str(rows)}
+        environment = injected("ROWS", rows)
         victim = Victim(folder, "run", "experiment.yaml", environment=environment)
         status = victim.end()
         enough = rows == ROWS // 2

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ground import HERE, Ground, Outcome, kept, results, spent
+from ground import HERE, SMALL, Ground, Outcome, kept, results, spent
 from victim import Victim
 
 AT_ONCE = 2
@@ -47,7 +47,8 @@ class Server:
 
 def _judge(server: Server) -> dict[str, Any]:
     keys = {"model": "m", "base_url": f"http://127.0.0.1:{server.port}/v1", "concurrency": AT_ONCE, "patience_s": 300.0}
-    return {"judge": {"use": "judges.llm:LLMJudge", **keys}}
+    # Of eight prompts some always have a preference, whatever the digests say of the questions.
+    return {"judge": {"use": "judges.llm:LLMJudge", **keys}, "prompts": {**SMALL["prompts"], "per_round": 8}}
 
 
 def inject(ground: Ground) -> Iterator[Outcome]:
