@@ -191,8 +191,6 @@ def paid_twice(root: Path, reference: Reference, kills: list[tuple[int, int]]) -
     lines = asked(root)
     if set(lines) != set(reference.asked) or kept(root) != len(set(lines)):
         return f"{len(set(lines))} answers were judged and {kept(root)} kept, of {len(set(reference.asked))}"
-    if spent(root) != reference.spent:
-        return f"the ledger counts {spent(root):g} calls, not {reference.spent:g}"
     lost = 0
     for place, (count, cached) in enumerate(kills):
         under_way = len(set(lines[:count])) - cached
@@ -200,4 +198,8 @@ def paid_twice(root: Path, reference: Reference, kills: list[tuple[int, int]]) -
             return f"kill {place + 1} lost {under_way} answers"
         lost += under_way
     again = len(lines) - len(set(lines))
-    return "" if again <= lost else f"{again} answers were asked again, {lost} were under way at kills"
+    if again > lost:
+        return f"{again} answers were asked again, {lost} were under way at kills"
+    # A call under way is in the ledger once another one's answer is kept, and was paid for: its repetition comes on top.
+    more = spent(root) - reference.spent
+    return "" if 0 <= more <= again else f"the ledger counts {more:g} calls more, {again} were asked again"
