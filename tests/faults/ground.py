@@ -200,6 +200,6 @@ def paid_twice(root: Path, reference: Reference, kills: list[tuple[int, int]]) -
     again = len(lines) - len(set(lines))
     if again > lost:
         return f"{again} answers were asked again, {lost} were under way at kills"
-    # A call under way is in the ledger once another one's answer is kept, and was paid for: its repetition comes on top.
+    # A call under way may be in the ledger (it was paid for) without its answer being kept: its repetition is on top.
     more = spent(root) - reference.spent
     return "" if 0 <= more <= again else f"the ledger counts {more:g} calls more, {again} were asked again"
