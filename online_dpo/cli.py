@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import online_dpo
+from online_dpo.commands.check import check
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line, reading, tell_own_code
 from online_dpo.commands.compare import compare
 from online_dpo.commands.export import export
@@ -49,6 +50,7 @@ Seeds = Annotated[list[int] | None, typer.Option("--seed", help="run this seed i
 
 
 app.command("init")(init)
+app.command("check")(check)
 app.command("compare")(compare)
 app.command("fork")(fork)
 app.command("report")(report)
@@ -85,44 +87,6 @@ def resume(folder: RunFolder, quiet: Quiet = False, debug: Debug = False) -> Non
             with reading(folder):
                 store, model = reopen(folder, tell_own_code)
             go(store, model, quiet)
-
-
-@app.command()
-def check(experiment: ExperimentFile, sets: Sets = None, seeds: Seeds = None, debug: Debug = False) -> None:
-    """Validate an experiment, find its model, prompts and judges, and print the plan. Runs nothing."""
-    with errors_in_one_line(debug):
-        spec = load_experiment(experiment, sets, seeds)
-        from online_dpo.backends.factory import choose_engine
-        from online_dpo.confounding import confounded
-        from online_dpo.display import clean, make_console
-        from online_dpo.judging import judge_digest
-        from online_dpo.model_check import describe_end
-        from online_dpo.plan import differences, plan_arms
-        from online_dpo.plan_display import plan_tables, warning_lines
-        from online_dpo.run_lock import check_room
-        from online_dpo.runs import resolve
-        from online_dpo.sft_stage import describe_sft
-        from online_dpo.sources.datasets import describe_datasets, with_own_prompts
-
-        tell_own_code(spec, experiment.parent)
-        resolved = resolve(spec, experiment.parent)
-        check_room(resolved.root)
-        console = make_console()
-        lines = [
-            f"model: {resolved.model.name} ({resolved.model.origin}, digest {resolved.model.digest[:12]})",
-            *describe_end(resolved.model.path),
-            f"prompts: {len(resolved.prompts.train)} to train, {len(resolved.prompts.held_out)} held out, "
-            f"dropped {resolved.prompts.dropped}",
-            *describe_datasets(resolved.datasets),
-            *describe_sft(spec, resolved.datasets),
-            choose_engine(spec, resolved.model.path)[1],
-            f"run folder: {resolved.root}",
-        ]
-        console.print("\n".join(map(clean, lines)), markup=False, soft_wrap=True)
-        console.print(plan_tables(plan_arms(resolved), differences(spec), len(spec.seeds)))
-        own_prompts = with_own_prompts(spec, resolved.datasets, resolved.prompts.train)
-        if warnings := confounded(spec, lambda judge: judge_digest(judge, [resolved.folder]), own_prompts):
-            console.print(warning_lines(warnings))
 
 
 @app.command()
