@@ -112,7 +112,7 @@ def resolve(experiment: Experiment, folder: Path) -> Resolved:
     judges = check_judges(experiment, folder)
     own_prompts = [*prompts.train, *prompts.held_out]
     check_tokens(experiment, embeddings, own_prompts, list(datasets.values()), human_pairs.pairs)
-    check_length(experiment, model.path, tokens_needed(experiment, own_prompts, _asks_policy(experiment, folder)))
+    check_length(experiment, model.path, tokens_needed(experiment, own_prompts))
     return Resolved(experiment, folder, model, prompts, judges, human_pairs, datasets)
 
 
@@ -363,7 +363,8 @@ def _live(
     from online_dpo.backends.factory import ray_session, start_set
 
     experiment = store.experiment
-    length = model_length(experiment, [*train, *held_out], _asks_policy(experiment, store.folder))
+    judging = _asks_policy(experiment, store.folder)
+    length = model_length(experiment, [*train, *held_out], context_length(model.path), judging)
     tokenizer = _tokenizer(experiment, model, store.folder)
     probe_ids = held_out[0].token_ids[-PROBE_TOKENS:]
     if len(probe_ids) < 2:
@@ -447,10 +448,14 @@ def _asks_policy(experiment: Experiment, folder: Path) -> bool:
     return any(asks_policy(experiment.arm(name).judge, [folder]) for name in experiment.arms)
 
 
-def model_length(experiment: Experiment, prompts: Sequence[Prompt], judging: bool = False) -> int:
-    """`tokens_needed` in whole blocks of 32, or `engine.max_model_len`."""
+def model_length(experiment: Experiment, prompts: Sequence[Prompt], longest: int | None, judging: bool = False) -> int:
+    """`tokens_needed` in whole blocks of 32, or `engine.max_model_len`.
+
+    No more than `longest`, which the model was made for: a judge's question that does not fit abstains.
+    """
     needed = tokens_needed(experiment, prompts, judging)
-    return experiment.engine.max_model_len or -(-needed // 32) * 32
+    wanted = experiment.engine.max_model_len or -(-needed // 32) * 32
+    return wanted if longest is None else min(wanted, longest)
 
 
 def tokens_needed(experiment: Experiment, prompts: Sequence[Prompt], judging: bool = False) -> int:
