@@ -17,13 +17,14 @@ from ground import Ground, Outcome, injected
 from victim import Victim
 
 ROWS = 8
-"""Sequences of the experiment's batch: four prompts with two candidates each, or four held-out ones."""
+FIRST = 4
+"""Sequences of the experiment's batch: four prompts with two candidates each; the first one is of four held-out ones."""
 
 
 def inject(ground: Ground) -> Iterator[Outcome]:
     """Two."""
     reference = ground.reference()
-    for what, rows in (("memory for half a batch", ROWS // 2), ("memory for a quarter of a batch", ROWS // 4)):
+    for what, rows in (("memory for half a batch", ROWS // 2), ("memory for a quarter of the first batch", FIRST // 4)):
         if ground.options.only not in what:
             continue
         folder, root = ground.lay()
