@@ -18,7 +18,7 @@ from victim import Victim
 
 ROWS = 8
 FIRST = 4
-"""Sequences of the experiment's batch: four prompts with two candidates each; the first one is of four held-out ones."""
+"""Sequences of a batch: four prompts with two candidates each; the first one is of four held-out answers."""
 
 
 def inject(ground: Ground) -> Iterator[Outcome]:
