@@ -1,8 +1,8 @@
 """Files of a run that were truncated, corrupted or edited by hand while it was stopped.
 
-`resume` says so in one line that names the file, and exits with 2; nothing of the run is changed by it. With the file
-put back it goes on, and ends with the undisturbed run's bits. The run is stopped in the second arm's last training, so
-that each of the files is one that the rest of the run reads.
+`resume` says so in one line that names the file (or the policy), and exits with 2; nothing of the run is changed by it.
+With the file put back it goes on, and ends with the undisturbed run's bits. The run is stopped in the second arm's last
+training, so that each of the files is one that the rest of the run reads.
 """
 
 from __future__ import annotations
@@ -92,5 +92,6 @@ def _told(folder: Path, root: Path, damage: Callable[[Path], None], file: Path) 
         file.write_bytes(kept.read_bytes())  # in place: another arm's file may be the same one
     else:
         kept.rename(file)
-    fine = status == 2 and file.name in line and not changed and not left
+    named = file.parent if file.parent.name == "policy" else file  # a policy is one output, whatever its files
+    fine = status == 2 and str(named.relative_to(root)) in line and not changed and not left
     return fine, line.removeprefix("online-dpo: ") if fine else f"ended with {status}: {victim.said()} {left}"
