@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from online_dpo.files import digest_json
 from online_dpo.judging import abstain_reasons, mean_details
 from online_dpo.pairing import DROP_REASONS
-from online_dpo.records import read_candidates, read_pairs, read_verdicts, write_candidates, write_pairs, write_verdicts
-from online_dpo.rounds import Pinned
-from online_dpo.sources.saving import mean_margin, with_parts
+from online_dpo.records import CANDIDATES, PAIRS, VERDICTS, mean_margin, read_verdicts
+from online_dpo.sources.saving import with_parts
 from online_dpo.store import RoundFolder, StageRecord
+from online_dpo.tables import TableReader, TableWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,7 @@ def sample_whole(folder: RoundFolder, blocks: Sequence[DoneBlock]) -> StageRecor
     records = [block.sample for block in blocks]
 
     def produce(out: Path) -> dict[str, Any]:
-        found = [read_candidates(block.folder.path / "candidates.parquet") for block in blocks]
-        write_candidates(out / "candidates.parquet", [candidate for own in found for candidate in own])
+        _join(blocks, out, "candidates.parquet", CANDIDATES)
         return _sampled([record.info for record in records])
 
     record = folder.stage("sample", _made_of(records), ["candidates.parquet"], produce)
@@ -46,9 +47,8 @@ def judge_whole(folder: RoundFolder, blocks: Sequence[DoneBlock], sample: StageR
     records = [block.judge for block in blocks]
 
     def produce(out: Path) -> dict[str, Any]:
-        found = [read_verdicts(block.folder.path / "verdicts.parquet") for block in blocks]
-        verdicts = [verdict for own in found for verdict in own]
-        write_verdicts(out / "verdicts.parquet", verdicts)
+        _join(blocks, out, "verdicts.parquet", VERDICTS)
+        verdicts = read_verdicts(out / "verdicts.parquet")
         return {
             **records[-1].info,
             "verdicts": _sum(records, "verdicts"),
@@ -63,21 +63,22 @@ def judge_whole(folder: RoundFolder, blocks: Sequence[DoneBlock], sample: StageR
 
 
 def pair_whole(
-    folder: RoundFolder, pinned: Pinned, blocks: Sequence[DoneBlock], before: tuple[StageRecord, StageRecord]
+    folder: RoundFolder, blocks: Sequence[DoneBlock], before: tuple[StageRecord, StageRecord]
 ) -> StageRecord:
     """The round's stage 'pair', behind its stages sample and judge."""
     records = [block.pair for block in blocks]
     sample, judge = before
 
     def produce(out: Path) -> dict[str, Any]:
-        prompts = {prompt.id: prompt for prompt in pinned.prompts}
-        candidates = read_candidates(folder.path / "candidates.parquet")
-        found = [read_pairs(block.folder.path / "pairs.parquet", prompts, candidates) for block in blocks]
-        pairs = [pair for own in found for pair in own]
-        write_pairs(out / "pairs.parquet", pairs)
+        _join(blocks, out, "pairs.parquet", PAIRS)
         dropped = _added([record.info["dropped"] for record in records])
         named = {reason: dropped[reason] for reason in DROP_REASONS if reason in dropped}
-        return {**records[-1].info, "kept": len(pairs), "dropped": named, "margin": mean_margin(pairs)}
+        return {
+            **records[-1].info,
+            "kept": _sum(records, "kept"),
+            "dropped": named,
+            "margin": mean_margin(out / "pairs.parquet"),
+        }
 
     inputs = {
         "candidates": sample.outputs["candidates.parquet"],
@@ -85,6 +86,15 @@ def pair_whole(
         **_made_of(records),
     }
     return with_parts(folder.stage("pair", inputs, ["pairs.parquet"], produce), records, {})
+
+
+def _join(blocks: Sequence[DoneBlock], out: Path, name: str, schema: pa.Schema) -> None:
+    """The file `name` of `out`: the rows of the blocks' own."""
+    with TableWriter(out / name, schema) as file:
+        for block in blocks:
+            with TableReader(block.folder.path / name, schema) as own:
+                for batch in own.batches():
+                    file.add(pa.Table.from_batches([batch]))
 
 
 def _made_of(records: Sequence[StageRecord]) -> dict[str, str]:

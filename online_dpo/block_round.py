@@ -18,7 +18,6 @@ from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pair_stage import pair_round
 from online_dpo.policies import read_policy
 from online_dpo.protocols import RoundPart
-from online_dpo.records import read_candidates, read_verdicts
 from online_dpo.rounds import Pinned
 from online_dpo.sample_stage import sample_round
 from online_dpo.sources.blocks import Block, cut_round
@@ -114,20 +113,16 @@ def _bounded(arm: Arm, prompts: int, block: Block, done: Sequence[DoneBlock]) ->
 def _gather(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
     """Sample, judge, pair; the judge is audited once a round."""
     sample = sample_round(arm, folder, pinned)
-    candidates = read_candidates(folder.path / "candidates.parquet")
-    judge = judge_round(arm, folder, pinned, candidates, sample)
-    verdicts = read_verdicts(folder.path / "verdicts.parquet")
-    pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, None, pair, pinned.source)
+    judge = judge_round(arm, folder, pinned, sample)
+    pair = pair_round(arm, folder, pinned, (sample, judge))
+    return RoundData(sample, judge, None, pair, pinned.source)
 
 
 def _put_together(arm: Arm, folder: RoundFolder, pinned: Pinned, done: Sequence[DoneBlock]) -> RoundData:
     """The round's own files. A judge that asks the policy is audited with the one that began the round."""
     sample = sample_whole(folder, done)
     judge = judge_whole(folder, done, sample)
-    pair = pair_whole(folder, pinned, done, (sample, judge))
-    candidates = read_candidates(folder.path / "candidates.parquet")
-    verdicts = read_verdicts(folder.path / "verdicts.parquet")
-    audit = audit_round(arm, folder, pinned, candidates, sample)
+    pair = pair_whole(folder, done, (sample, judge))
+    audit = audit_round(arm, folder, pinned, sample)
     one = pinned.source if len(done) == 1 else None
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair, one)
+    return RoundData(sample, judge, audit, pair, one)

@@ -41,9 +41,10 @@ def evaluate_policy(
         arm.run.rest_learner()
         arm.run.engine.load(policy)
         # The same seeds in every round and arm: differences are the policies', not the dice's.
-        seeds = [(derive_seed(arm.seed, "held_out", prompt.id),) for prompt in arm.run.held_out]
         label = f"round {folder.index} evaluate"
-        answers, figures = generate(arm, label, arm.run.held_out, seeds, sampling)
+        answers, figures = generate(
+            arm, label, arm.run.held_out, lambda prompt: (derive_seed(arm.seed, "held_out", prompt.id),), sampling
+        )
         if drawn is not None:
             drawn()
         verdicts, ledger = _judged(arm, folder, spec, answers)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def _file_digest(path: Path) -> str:
 def digest_json(data: Any) -> str:
     """SHA-256 of `data` as canonical JSON."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def digest_list(items: Iterable[Any]) -> str:
+    """`digest_json` of a list of `items`, which need not be held at once."""
+    total = hashlib.sha256(b"[")
+    for place, item in enumerate(items):
+        total.update((", " if place else "").encode() + json.dumps(item, sort_keys=True, ensure_ascii=False).encode())
+    total.update(b"]")
+    return total.hexdigest()
 
 
 def remove(path: Path) -> None:

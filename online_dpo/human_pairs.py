@@ -14,8 +14,8 @@ from online_dpo.errors import DataError
 from online_dpo.files import digest_json
 from online_dpo.preferences import Preference, drawn, group_of, load_preferences
 from online_dpo.prompts import message_id, with_system
-from online_dpo.records import read_rows, write_rows
 from online_dpo.source_spec import DatasetSpec
+from online_dpo.tables import read_rows, write_rows
 from online_dpo.types import Candidate, Message, Pair, Prompt
 
 TOKENS = pa.list_(pa.int32())

@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from online_dpo import judge_ahead
+from online_dpo.answer_blocks import answer_blocks, count_candidates, prompts_at_once
 from online_dpo.arms import Arm
 from online_dpo.errors import JudgeError
 from online_dpo.files import digest_json, write_json
-from online_dpo.judging import AskedJudge, Item, abstain_reasons, asks_policy, judge_all, mean_details
-from online_dpo.records import write_verdicts
+from online_dpo.judging import Ahead, AskedJudge, Item, Judging, Means, asks_policy, chunk_size
+from online_dpo.records import VERDICTS, each_candidate, verdict_table
 from online_dpo.rounds import Sampled
 from online_dpo.seeds import derive_seed
 from online_dpo.store import RoundFolder, StageRecord
-from online_dpo.types import Candidate, Policy, Prompt
+from online_dpo.tables import TableWriter
+from online_dpo.types import Abstain, Candidate, Policy, Prompt, Verdict
 
 if TYPE_CHECKING:
     from online_dpo.audit.auditing import Audit
 
 
-def judge_round(
-    arm: Arm, folder: RoundFolder, pinned: Sampled, candidates: Sequence[Candidate], sample: StageRecord
-) -> StageRecord:
+def judge_round(arm: Arm, folder: RoundFolder, pinned: Sampled, sample: StageRecord) -> StageRecord:
     """Every candidate's verdict, or why there is none."""
 
     def produce(out: Path) -> dict[str, Any]:
-        prompts = {prompt.id: prompt for prompt in pinned.prompts}
         ahead = judge_ahead.finish(arm, folder)
         asked = _ready_judge(arm, pinned.source)
-        arm.run.progress.start(f"{arm.label} · {folder.title} judge", len(candidates), "answers")
-        verdicts = judge_all(
-            asked,
-            prompts,
-            candidates,
-            max_abstain=arm.settings.max_abstain,
-            on_progress=arm.run.progress.advance,
-            known=ahead.said,
-        )
+        arm.run.progress.start(f"{arm.label} · {folder.title} judge", count_candidates(folder.path), "answers")
+        reasons: Counter[str] = Counter()
+        details, verdicts = Means(), 0
+        with TableWriter(out / "verdicts.parquet", VERDICTS) as file:
+            for part in _judged(arm, folder, pinned, asked, ahead):
+                file.add(verdict_table(part))
+                reasons.update(verdict.reason for verdict in part if isinstance(verdict, Abstain))
+                for verdict in part:
+                    if isinstance(verdict, Verdict):
+                        details.add(verdict.details)
+                verdicts += len(part)
         arm.run.progress.finish()
-        write_verdicts(out / "verdicts.parquet", verdicts)
-        reasons = abstain_reasons(verdicts)
-        abstained = sum(reasons.values())
+        abstained = reasons.total()
         return {
-            "verdicts": len(verdicts) - abstained,
+            "verdicts": verdicts - abstained,
             "abstained": abstained,
-            "reasons": reasons,
-            "details": mean_details(verdicts),
+            "reasons": dict(reasons.most_common()),
+            "details": details.as_dict(),
             "ledger": ahead.with_ledger(asked.take_ledger()),
         }
 
@@ -62,9 +63,25 @@ def judge_round(
         judge_ahead.forget(arm, folder)
 
 
-def audit_round(
-    arm: Arm, folder: RoundFolder, pinned: Sampled, candidates: Sequence[Candidate], sample: StageRecord
-) -> StageRecord | None:
+def _judged(
+    arm: Arm, folder: RoundFolder, pinned: Sampled, asked: AskedJudge, ahead: Ahead
+) -> Iterator[list[Verdict | Abstain]]:
+    """The verdicts, some prompts at a time: whole chunks of those that the judge is asked for together, or all."""
+    n = arm.settings.sampling.n
+    chunk = chunk_size(asked, n)
+    size = max(1, len(pinned.prompts)) if chunk is None else prompts_at_once(n, max(1, chunk))
+    judging = Judging(
+        asked,
+        count_candidates(folder.path),
+        max_abstain=arm.settings.max_abstain,
+        on_progress=arm.run.progress.advance,
+        known=ahead.said,
+    )
+    for block in answer_blocks(folder.path / "candidates.parquet", pinned.prompts, size):
+        yield judging.judge({prompt.id: prompt for prompt in block.prompts}, block.candidates)
+
+
+def audit_round(arm: Arm, folder: RoundFolder, pinned: Sampled, sample: StageRecord) -> StageRecord | None:
     """The judge audited on some of the round's prompts (audit.json, drawn); None where the experiment wants none."""
     spec = arm.run.experiment.audit
     if not spec.prompts:
@@ -76,7 +93,7 @@ def audit_round(
 
         asked = _ready_judge(arm, pinned.source)
         other = None if spec.against is None else arm.run.judge(spec.against, arm.settings.comparing)
-        items = _audit_sample(arm, folder.index, pinned.prompts, candidates)
+        items = _audit_sample(arm, folder, pinned.prompts)
         pairs = sum(len(own) * (len(own) - 1) // 2 for _, own in items) * (1 if other is None else 2)
         arm.run.progress.start(f"{arm.label} · round {folder.index} audit", pairs, "pairs")
         audit = audit_candidates(
@@ -102,13 +119,18 @@ def audit_round(
     return folder.stage("audit", inputs, ["audit.json", "audit.png", "audit.svg"], produce)
 
 
-def _audit_sample(arm: Arm, index: int, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Item]:
+def _audit_sample(arm: Arm, folder: RoundFolder, prompts: Sequence[Prompt]) -> list[Item]:
     """`audit.prompts` of the round's prompts, drawn by the seed, with their candidates."""
-    drawn = sorted(prompts, key=lambda prompt: derive_seed(arm.seed, "audit", index, prompt.id))
-    own: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        own.setdefault(candidate.prompt_id, []).append(candidate)
-    return [(prompt, own[prompt.id]) for prompt in drawn[: arm.run.experiment.audit.prompts] if prompt.id in own]
+    drawn = heapq.nsmallest(
+        arm.run.experiment.audit.prompts,
+        prompts,
+        key=lambda prompt: derive_seed(arm.seed, "audit", folder.index, prompt.id),
+    )
+    own: dict[str, list[Candidate]] = {prompt.id: [] for prompt in drawn}
+    for candidate in each_candidate(folder.path / "candidates.parquet"):
+        if candidate.prompt_id in own:
+            own[candidate.prompt_id].append(candidate)
+    return [(prompt, own[prompt.id]) for prompt in drawn if own[prompt.id]]
 
 
 def _audit_figures(audit: Audit) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from online_dpo.config import Experiment
 from online_dpo.evaluate_stage import own_distribution
 from online_dpo.measure import Logprobs
 from online_dpo.off_policy import Distance, displacement, distance, margins, positive, staleness
-from online_dpo.records import read_held_out, read_pairs
+from online_dpo.records import each_candidate, each_pair, read_held_out, read_pairs
 from online_dpo.rounds import Pinned
 from online_dpo.scored_records import ScoredAnswer, read_off_policy, write_off_policy
 from online_dpo.scoring import score_answers
@@ -40,9 +41,7 @@ def score_off_policy(arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundD
         return None
 
     def produce(out: Path) -> dict[str, Any]:
-        prompts = {prompt.id: prompt for prompt in pinned.prompts}
-        pairs = read_pairs(folder.path / "pairs.parquet", prompts, data.candidates)
-        drawn = _drawn(arm, folder.index, pairs, wanted)
+        drawn = _drawn(arm, folder, pinned.prompts, wanted)
         items = {_key(answer): (pair.prompt, answer) for pair in drawn for answer in (pair.chosen, pair.rejected)}
         # The learner holds the trained policy still.
         scored = {
@@ -65,14 +64,22 @@ def score_off_policy(arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundD
     return folder.stage("off_policy", inputs, ["off_policy.parquet"], produce)
 
 
-def _drawn(arm: Arm, index: int, pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """At most so many pairs, by the seed, in their own order."""
+def _drawn(arm: Arm, folder: RoundFolder, prompts: Sequence[Prompt], most: int) -> list[Pair]:
+    """At most so many of the round's pairs, by the seed, in their own order."""
 
-    def rank(place: int) -> int:
-        pair = pairs[place]
-        return derive_seed(arm.seed, "off_policy", index, pair.prompt.id, pair.chosen.index, pair.rejected.index)
+    def rank(numbered: tuple[int, tuple[Any, ...]]) -> int:
+        return derive_seed(arm.seed, "off_policy", folder.index, *numbered[1])
 
-    return [pairs[place] for place in sorted(sorted(range(len(pairs)), key=rank)[:most])]
+    names = ("prompt_id", "chosen_index", "rejected_index")
+    rows = (tuple(row[name] for name in names) for row in each_pair(folder.path / "pairs.parquet"))
+    drawn = heapq.nsmallest(most, enumerate(rows), key=rank)
+    of_pairs = {row[0] for _, row in drawn}
+    return read_pairs(
+        folder.path / "pairs.parquet",
+        {prompt.id: prompt for prompt in prompts if prompt.id in of_pairs},
+        each_candidate(folder.path / "candidates.parquet"),
+        only={place for place, _ in drawn},
+    )
 
 
 def _distinct(policies: Mapping[str, Policy]) -> dict[str, Policy]:

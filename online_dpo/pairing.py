@@ -7,6 +7,8 @@ other prompts are in the round (but for the budget, which compares pairs of all 
 from __future__ import annotations
 
 import hashlib
+import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -55,24 +57,41 @@ def make_pairs(
     A prompt of `prompts` without any candidate is passed over. Raises `DataError` when a candidate has no verdict,
     stands twice, or belongs to no prompt.
     """
+    pairs, drops = propose_pairs(prompts, candidates, verdicts, spec, seed)
+    within = within_budget(pairs, spec.max_pairs, seed)
+    drops["over_budget"] += len(pairs) - len(within)
+    return PairingResult(tuple(within), named_drops(drops))
+
+
+def propose_pairs(
+    prompts: Mapping[str, Prompt],
+    candidates: Sequence[Candidate],
+    verdicts: Sequence[Verdict | Abstain],
+    spec: PairingSpec,
+    seed: int,
+) -> tuple[list[Pair], Counter[str]]:
+    """As `make_pairs`, whatever the budget: that needs all prompts' pairs, the rest one prompt's answers."""
     judged = judged_answers(prompts, candidates, verdicts)
     pairs: list[Pair] = []
-    drops: list[str] = []
+    drops: Counter[str] = Counter()
     for prompt_id, prompt in prompts.items():
         if prompt_id not in judged:
             continue
         if len(judged[prompt_id]) < 2:
-            drops.append("too_few")
+            drops["too_few"] += 1
             continue
         for better, worse in _proposals(judged[prompt_id], spec, seed, prompt_id):
             reason = _fault(better, worse, spec.min_margin)
             if reason is None:
                 pairs.append(Pair(prompt, better.candidate, worse.candidate, better.score, worse.score))
             else:
-                drops.append(reason)
-    within = within_budget(pairs, spec.max_pairs, seed)
-    drops += ["over_budget"] * (len(pairs) - len(within))
-    return PairingResult(tuple(within), {reason: drops.count(reason) for reason in DROP_REASONS if reason in drops})
+                drops[reason] += 1
+    return pairs, drops
+
+
+def named_drops(drops: Mapping[str, int]) -> dict[str, int]:
+    """Those that occurred, in the order of `DROP_REASONS`."""
+    return {reason: drops[reason] for reason in DROP_REASONS if drops.get(reason)}
 
 
 def judged_answers(
@@ -142,16 +161,44 @@ def _fault(better: Scored, worse: Scored, min_margin: float) -> str | None:
     return None
 
 
-def within_budget(pairs: list[Pair], budget: int | None, seed: int) -> list[Pair]:
-    """At most `budget` of the pairs, drawn without replacement, in the order that they had."""
-    if budget is None or len(pairs) <= budget:
-        return pairs
+class Budget:
+    """Which of a round's pairs are within `most` (None: all), drawn without replacement: the smallest lots, which are a
+    hash of seed and pair. Pairs come one after another; what is kept of them is `most` lots."""
 
-    def lot(place: int) -> bytes:
-        pair = pairs[place]
-        return _hash(seed, "budget", pair.prompt.id, str(pair.chosen.index), str(pair.rejected.index))
+    def __init__(self, most: int | None, seed: int) -> None:
+        self.most = most
+        self.seed = seed
+        self.count = 0
+        self._drawn: list[tuple[int, int]] = []
+        """A heap of the negative lots and places: the largest lot first."""
 
-    return [pairs[place] for place in sorted(sorted(range(len(pairs)), key=lot)[:budget])]
+    def add(self, pair: Pair) -> None:
+        """One more pair."""
+        if self.most is not None:
+            lot = _hash(self.seed, "budget", pair.prompt.id, str(pair.chosen.index), str(pair.rejected.index))
+            entry = (-int.from_bytes(lot, "big"), -self.count)
+            if len(self._drawn) < self.most:
+                heapq.heappush(self._drawn, entry)
+            elif self.most:
+                heapq.heappushpop(self._drawn, entry)
+        self.count += 1
+
+    @property
+    def over(self) -> int:
+        """How many pairs are too many."""
+        return 0 if self.most is None else max(0, self.count - self.most)
+
+    def places(self) -> list[int]:
+        """The places of the pairs that are kept, ascending."""
+        return sorted(-place for _, place in self._drawn) if self.over else list(range(self.count))
+
+
+def within_budget(pairs: list[Pair], most: int | None, seed: int) -> list[Pair]:
+    """At most `most` of the pairs, drawn without replacement, in the order that they had."""
+    budget = Budget(most, seed)
+    for pair in pairs:
+        budget.add(pair)
+    return [pairs[place] for place in budget.places()]
 
 
 def _draw(n: int, seed: int, purpose: str, prompt_id: str) -> int:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from online_dpo.errors import RunFolderError, one_line
+from online_dpo.tables import TableReader, TableWriter, column_values, each_row, read_rows, write_rows
 from online_dpo.types import Abstain, Candidate, Message, Pair, Prompt, Split, Verdict
 
+AT_ONCE = 8192
+"""Prompts that are made rows at once."""
 CANDIDATE_FIELDS: list[tuple[str, pa.DataType]] = [
     ("prompt_id", pa.string()),
     ("index", pa.int32()),
@@ -76,36 +77,40 @@ class HeldOutAnswer:
     gold_abstain_reason: str | None = None
 
 
-def write_rows(path: Path, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
-    """Write `rows` as one parquet file with exactly `schema`."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
-
-
-def read_rows(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """The rows of `path`; `RunFolderError` when the file is missing, damaged, or of other columns."""
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise RunFolderError(f"{path} is missing or damaged: {one_line(error)}") from error
-    if table.schema.names != schema.names:
-        raise RunFolderError(f"{path} has columns {table.schema.names}, expected {schema.names}")
-    if table.schema.types != schema.types:
-        name = next(field.name for field in schema if table.schema.field(field.name).type != field.type)
-        raise RunFolderError(
-            f"{path}: column '{name}' holds {table.schema.field(name).type}, not {schema.field(name).type}"
-        )
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
-
-
 def write_candidates(path: Path, candidates: Sequence[Candidate]) -> None:
     """One row a candidate."""
-    write_rows(path, CANDIDATES, [asdict(candidate) for candidate in candidates])
+    with TableWriter(path, CANDIDATES) as file:
+        file.add(candidate_table(candidates))
+
+
+def candidate_table(candidates: Sequence[Candidate]) -> pa.Table:
+    """The candidates as rows of candidates.parquet."""
+    columns = ([getattr(candidate, name) for candidate in candidates] for name, _ in CANDIDATE_FIELDS)
+    return pa.table(
+        [pa.array(values, type=kind) for values, (_, kind) in zip(columns, CANDIDATE_FIELDS, strict=True)],
+        schema=CANDIDATES,
+    )
 
 
 def read_candidates(path: Path) -> list[Candidate]:
     """The candidates of `path`, in the file's order."""
-    return [candidate_of(row) for row in read_rows(path, CANDIDATES)]
+    return list(each_candidate(path))
+
+
+def each_candidate(path: Path) -> Iterator[Candidate]:
+    """As `read_candidates`, one after another."""
+    with TableReader(path, CANDIDATES) as file:
+        for batch in file.batches():
+            yield from candidates_of(batch)
+
+
+def candidates_of(table: pa.Table | pa.RecordBatch) -> list[Candidate]:
+    """The candidates in rows of candidates.parquet. Where log-probs were not read they are empty."""
+    columns = [
+        column_values(table.column(name)) if name in table.schema.names else [()] * len(table)
+        for name, _ in CANDIDATE_FIELDS
+    ]
+    return [Candidate(*row) for row in zip(*columns, strict=True)]
 
 
 def candidate_of(row: Mapping[str, Any]) -> Candidate:
@@ -116,58 +121,85 @@ def candidate_of(row: Mapping[str, Any]) -> Candidate:
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict | Abstain]) -> None:
     """One row a candidate; an abstention has a reason and no score. Details are JSON, null where there are none."""
-    write_rows(path, VERDICTS, [_verdict_row(verdict) for verdict in verdicts])
+    with TableWriter(path, VERDICTS) as file:
+        file.add(verdict_table(verdicts))
 
 
-def _verdict_row(verdict: Verdict | Abstain) -> dict[str, Any]:
-    score = verdict.score if isinstance(verdict, Verdict) else None
-    reason = verdict.reason if isinstance(verdict, Abstain) else None
-    details = json.dumps(dict(verdict.details)) if isinstance(verdict, Verdict) and verdict.details else None
-    return {
-        "prompt_id": verdict.prompt_id,
-        "index": verdict.index,
-        "score": score,
-        "abstain_reason": None if reason is None else reason.encode("utf-8", "replace").decode(),
-        "details": details,
-    }
+def verdict_table(verdicts: Sequence[Verdict | Abstain]) -> pa.Table:
+    """The verdicts as rows of verdicts.parquet."""
+    rows = [_verdict_row(verdict) for verdict in verdicts]
+    columns = zip(*rows, strict=True) if rows else [()] * len(VERDICTS)
+    return pa.table(
+        [pa.array(column, type=field.type) for column, field in zip(columns, VERDICTS, strict=True)], VERDICTS
+    )
+
+
+def _verdict_row(verdict: Verdict | Abstain) -> tuple[str, int, float | None, str | None, str | None]:
+    if isinstance(verdict, Abstain):
+        return verdict.prompt_id, verdict.index, None, verdict.reason.encode("utf-8", "replace").decode(), None
+    details = json.dumps(dict(verdict.details)) if verdict.details else None
+    return verdict.prompt_id, verdict.index, verdict.score, None, details
 
 
 def read_verdicts(path: Path) -> list[Verdict | Abstain]:
     """The verdicts and abstentions of `path`."""
+    with TableReader(path, VERDICTS) as file:
+        return [verdict for batch in file.batches() for verdict in verdicts_of(batch)]
+
+
+def verdicts_of(table: pa.Table | pa.RecordBatch) -> list[Verdict | Abstain]:
+    """The verdicts and abstentions in rows of verdicts.parquet."""
     return [
-        Abstain(row["prompt_id"], row["index"], row["abstain_reason"])
-        if row["score"] is None
-        else Verdict(row["prompt_id"], row["index"], row["score"], json.loads(row["details"] or "{}"))
-        for row in read_rows(path, VERDICTS)
+        Abstain(prompt_id, index, reason)
+        if score is None
+        else Verdict(prompt_id, index, score, json.loads(details) if details else {})
+        for prompt_id, index, score, reason, details in zip(
+            *(column_values(table.column(name)) for name in VERDICTS.names), strict=True
+        )
     ]
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """One row a pair; the texts are for reading, the tokens stay in candidates.parquet."""
-    rows = [
-        {
-            "prompt_id": pair.prompt.id,
-            "chosen_index": pair.chosen.index,
-            "rejected_index": pair.rejected.index,
-            "chosen_score": pair.chosen_score,
-            "rejected_score": pair.rejected_score,
-            "prompt": pair.prompt.text,
-            "chosen": pair.chosen.text,
-            "rejected": pair.rejected.text,
-        }
-        for pair in pairs
-    ]
-    write_rows(path, PAIRS, rows)
+    with TableWriter(path, PAIRS) as file:
+        file.add(pair_table(pairs))
+
+
+def pair_table(pairs: Sequence[Pair]) -> pa.Table:
+    """The pairs as rows of pairs.parquet."""
+    columns = {
+        "prompt_id": [pair.prompt.id for pair in pairs],
+        "chosen_index": [pair.chosen.index for pair in pairs],
+        "rejected_index": [pair.rejected.index for pair in pairs],
+        "chosen_score": [pair.chosen_score for pair in pairs],
+        "rejected_score": [pair.rejected_score for pair in pairs],
+        "prompt": [pair.prompt.text for pair in pairs],
+        "chosen": [pair.chosen.text for pair in pairs],
+        "rejected": [pair.rejected.text for pair in pairs],
+    }
+    return pa.table([pa.array(columns[field.name], type=field.type) for field in PAIRS], schema=PAIRS)
 
 
 def read_pairs(
-    path: Path, prompts: Mapping[str, Prompt], candidates: Sequence[Candidate], *, other_prompts: bool = False
+    path: Path,
+    prompts: Mapping[str, Prompt],
+    candidates: Iterable[Candidate],
+    *,
+    other_prompts: bool = False,
+    only: Collection[int] | None = None,
 ) -> list[Pair]:
-    """The pairs of `path` with the very tokens and log-probs of `candidates`.
+    """The pairs of `path` with the very tokens and log-probs of `candidates`, of which no others are kept.
 
-    With `other_prompts` the file may hold pairs of prompts that are not among `prompts`; they are left out.
+    With `other_prompts` the file may hold pairs of prompts that are not among `prompts`; they are left out. `only`: the
+    places of the pairs that are wanted, None for all.
     """
-    known = {(candidate.prompt_id, candidate.index): candidate for candidate in candidates}
+    rows = [
+        row
+        for place, row in enumerate(each_pair(path))
+        if (only is None or place in only) and (not other_prompts or row["prompt_id"] in prompts)
+    ]
+    wanted = {(row["prompt_id"], row[index]) for row in rows for index in ("chosen_index", "rejected_index")}
+    known = {key: one for one in candidates if (key := (one.prompt_id, one.index)) in wanted}
     return [
         Pair(
             prompt=prompts[row["prompt_id"]],
@@ -176,32 +208,50 @@ def read_pairs(
             chosen_score=row["chosen_score"],
             rejected_score=row["rejected_score"],
         )
-        for row in read_rows(path, PAIRS)
-        if not other_prompts or row["prompt_id"] in prompts
+        for row in rows
     ]
+
+
+def mean_margin(path: Path) -> float | None:
+    """The mean difference of scores of the pairs of `path`; None without a pair."""
+    total, count = 0.0, 0
+    for row in each_pair(path):
+        total += row["chosen_score"] - row["rejected_score"]
+        count += 1
+    return total / count if count else None
+
+
+def each_pair(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of pairs.parquet without their texts, one after another."""
+    return each_row(path, PAIRS, [name for name in PAIRS.names if name not in ("prompt", "chosen", "rejected")])
 
 
 def write_prompts(path: Path, prompts: Mapping[Split, Sequence[Prompt]]) -> None:
     """All prompts of a run with their split."""
-    rows = [
-        {
-            "id": prompt.id,
-            "split": split,
-            "messages": json.dumps([asdict(message) for message in prompt.messages], ensure_ascii=False),
-            "token_ids": prompt.token_ids,
-        }
-        for split, group in prompts.items()
-        for prompt in group
-    ]
-    write_rows(path, PROMPTS, rows)
+    with TableWriter(path, PROMPTS) as file:
+        for split, group in prompts.items():
+            for start in range(0, len(group), AT_ONCE):
+                file.add(_prompt_table(split, group[start : start + AT_ONCE]))
+
+
+def _prompt_table(split: Split, prompts: Sequence[Prompt]) -> pa.Table:
+    columns = {
+        "id": [prompt.id for prompt in prompts],
+        "split": [split] * len(prompts),
+        "messages": [
+            json.dumps([asdict(message) for message in prompt.messages], ensure_ascii=False) for prompt in prompts
+        ],
+        "token_ids": [prompt.token_ids for prompt in prompts],
+    }
+    return pa.table([pa.array(columns[field.name], type=field.type) for field in PROMPTS], schema=PROMPTS)
 
 
 def read_prompts(path: Path) -> dict[Split, tuple[Prompt, ...]]:
     """The prompts of `path` by split, in the file's order."""
     groups: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
-    for row in read_rows(path, PROMPTS):
+    for row in each_row(path, PROMPTS):
         messages = tuple(Message(**message) for message in json.loads(row["messages"]))
-        groups[row["split"]].append(Prompt(row["id"], messages, tuple(row["token_ids"])))
+        groups[row["split"]].append(Prompt(row["id"], messages, row["token_ids"]))
     return {split: tuple(group) for split, group in groups.items()}
 
 

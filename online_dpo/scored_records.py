@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from online_dpo.records import read_rows, write_rows
+from online_dpo.tables import read_rows, write_rows
 
 LOGPROBS = pa.list_(pa.float32())
 OFF_POLICY = pa.schema(

@@ -8,7 +8,7 @@ from typing import Literal
 from online_dpo.arms import Arm
 from online_dpo.errors import TrainingError
 from online_dpo.grouping import make_groups
-from online_dpo.records import read_pairs
+from online_dpo.records import each_candidate, read_candidates, read_pairs, read_verdicts
 from online_dpo.rounds import Pinned
 from online_dpo.sources.round_data import RoundData
 from online_dpo.store import RoundFolder
@@ -53,13 +53,15 @@ class TrainingData:
 def training_data(arm: Arm, folder: RoundFolder, pinned: Pinned, data: RoundData) -> TrainingData:
     """What the round trains on. `TrainingError` where there is nothing."""
     prompts = {prompt.id: prompt for prompt in pinned.prompts}
-    kind = trained_on(arm)
+    kind, answers = trained_on(arm), folder.path / "candidates.parquet"
     if kind == "groups":
-        found = TrainingData(kind, groups=make_groups(prompts, data.candidates, data.verdicts))
+        found = TrainingData(
+            kind, groups=make_groups(prompts, read_candidates(answers), read_verdicts(folder.path / "verdicts.parquet"))
+        )
         if not found.groups:
             raise TrainingError(f"round {folder.index} has no prompt with two judged answers to train on")
         return found
-    found = TrainingData(kind, tuple(read_pairs(folder.path / "pairs.parquet", prompts, data.candidates)))
+    found = TrainingData(kind, tuple(read_pairs(folder.path / "pairs.parquet", prompts, each_candidate(answers))))
     if not found.pairs:
         raise TrainingError(f"round {folder.index} has no pairs to train on (dropped: {data.pair.info['dropped']})")
     return found

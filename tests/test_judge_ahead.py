@@ -207,14 +207,14 @@ def test_sampling_that_fails_ends_the_judging(
     tmp_path: Path, beside: Path, paid: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = world(tmp_path / "run", beside, ON)
-    real = sample_stage.generate
+    real = sample_stage.Generation.blocks
 
-    def failing(*given: Any) -> Any:
-        if given[-1] is None:
-            return real(*given)
+    def failing(asked: sample_stage.Generation) -> Any:
+        if asked.taken is None:
+            return real(asked)
         raise EngineError("gone")
 
-    monkeypatch.setattr(sample_stage, "generate", failing)
+    monkeypatch.setattr(sample_stage.Generation, "blocks", failing)
     with pytest.raises(EngineError, match="gone"):
         made.go()
     assert made.run.judging_ahead == {}

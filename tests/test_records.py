@@ -22,7 +22,6 @@ from online_dpo.records import (
     read_held_out,
     read_pairs,
     read_prompts,
-    read_rows,
     read_verdicts,
     write_candidates,
     write_held_out,
@@ -30,6 +29,7 @@ from online_dpo.records import (
     write_prompts,
     write_verdicts,
 )
+from online_dpo.tables import read_rows
 from online_dpo.types import Abstain, Candidate, Message, Pair, Prompt, Split, Verdict
 
 T = TypeVar("T")

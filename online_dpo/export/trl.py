@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from online_dpo.errors import ConfigError, RunFolderError
 from online_dpo.export.card import write_pairs_card
 from online_dpo.export.selection import ChosenRound, Selection, chosen_rounds, new_folder, trusted_file
-from online_dpo.records import PAIRS, read_candidates, read_prompts, read_round_prompts, read_rows
+from online_dpo.records import PAIRS, read_candidates, read_prompts, read_round_prompts
 from online_dpo.store import RunStore
+from online_dpo.tables import read_rows
 from online_dpo.templates import DIALOGUE
 from online_dpo.types import Candidate, Prompt
 

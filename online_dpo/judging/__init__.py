@@ -5,7 +5,7 @@ A judge of a user's own imports from here alone: `PointwiseJudge` or `PairwiseJu
 
 from online_dpo.judging.against import judge_against
 from online_dpo.judging.ahead import Ahead, JudgeAhead
-from online_dpo.judging.answers import Answer
+from online_dpo.judging.answers import Answer, Means
 from online_dpo.judging.asked import AskedJudge, Asking
 from online_dpo.judging.cache import VerdictCache, read_spent
 from online_dpo.judging.compared import Compared
@@ -26,7 +26,7 @@ from online_dpo.judging.interface import (
 )
 from online_dpo.judging.kinds import as_judge, judge_name
 from online_dpo.judging.loading import Place, asks_policy, compares, load_judge, open_judge
-from online_dpo.judging.verdicts import abstain_reasons, judge_all, mean_details
+from online_dpo.judging.verdicts import Judging, abstain_reasons, chunk_size, judge_all, mean_details
 
 __all__ = [
     "Abstention",
@@ -41,7 +41,9 @@ __all__ = [
     "Item",
     "Judge",
     "JudgeAhead",
+    "Judging",
     "LiveModel",
+    "Means",
     "Opinion",
     "PairwiseJudge",
     "Place",
@@ -51,6 +53,7 @@ __all__ = [
     "abstain_reasons",
     "as_judge",
     "asks_policy",
+    "chunk_size",
     "compares",
     "import_object",
     "judge_against",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from online_dpo.judging.answers import Answer
 from online_dpo.judging.asked import AskedJudge
 from online_dpo.judging.interface import Abstention, Item
-from online_dpo.judging.verdicts import check_abstentions, chunk_size
+from online_dpo.judging.verdicts import Abstained, chunk_size
 from online_dpo.types import Abstain, Candidate, Prompt, Verdict
 
 EQUAL = 0.5
@@ -32,18 +32,18 @@ def judge_against(
     differ = [place for place, (one, other) in enumerate(pairs) if one.text != other.text]
     items: list[Item] = [(prompts[pairs[place][0].prompt_id], pairs[place]) for place in differ]
     results: list[Verdict | Abstain] = [Verdict(one.prompt_id, one.index, EQUAL) for one in answers]
-    abstained: list[Abstain] = []
+    abstained = Abstained()
     step = max(1, chunk_size(asked, 2) or len(items))
     for start in range(0, len(items), step):
         some = slice(start, start + step)
         for place, outcome in zip(differ[some], _outcomes(asked, items[some]), strict=True):
             one = answers[place]
             if isinstance(outcome, Abstention):
-                abstained.append(Abstain(one.prompt_id, one.index, outcome.reason))
-                results[place] = abstained[-1]
+                abstained.add(one.prompt_id, outcome.reason)
+                results[place] = Abstain(one.prompt_id, one.index, outcome.reason)
             else:
                 results[place] = Verdict(one.prompt_id, one.index, outcome)
-        check_abstentions(asked, abstained, min(start + step, len(items)), len(results), max_abstain)
+        abstained.check(asked, min(start + step, len(items)), len(results), max_abstain)
     return results
 
 

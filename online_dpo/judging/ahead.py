@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from online_dpo.judging.answers import Answer
 from online_dpo.judging.asked import AskedJudge
 from online_dpo.judging.interface import Abstention, Item
-from online_dpo.judging.verdicts import check_abstentions, chunk_size
-from online_dpo.types import Abstain, Candidate, Prompt
+from online_dpo.judging.verdicts import Abstained, chunk_size
+from online_dpo.types import Candidate, Prompt
 
 
 @dataclass
@@ -54,7 +54,7 @@ class JudgeAhead:
         self._arrived: queue.SimpleQueue[list[Candidate] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._groups: dict[str, list[Candidate]] = {}
-        self._abstained: list[Abstain] = []
+        self._abstained = Abstained()
         self._ahead = Ahead()
         # A daemon: a judge that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -88,11 +88,13 @@ class JudgeAhead:
 
     def _judge(self, asked: AskedJudge, chunk: Sequence[Prompt]) -> None:
         items: list[Item] = [(prompt, self._groups.pop(prompt.id)) for prompt in chunk]
-        for (prompt, candidates), answers in zip(items, asked.scores(items), strict=True):
+        for (prompt, _), answers in zip(items, asked.scores(items), strict=True):
             self._ahead.said[prompt.id] = answers
-            self._abstained += abstained(candidates, answers)
+            for answer in answers:
+                if isinstance(answer, Abstention):
+                    self._abstained.add(prompt.id, answer.reason)
         done, total = (len(some) * self._candidates for some in (self._ahead.said, self._prompts))
-        check_abstentions(asked, self._abstained, done, total, self._max_abstain)
+        self._abstained.check(asked, done, total, self._max_abstain)
 
     def _chunks(self, asked: AskedJudge) -> Iterator[list[Prompt]]:
         """Prompts to be judged together, once all of them are here."""
@@ -130,12 +132,3 @@ class JudgeAhead:
             wait = False
             self._groups[group[0].prompt_id] = group
             yield group[0].prompt_id
-
-
-def abstained(candidates: Sequence[Candidate], answers: Sequence[Answer]) -> list[Abstain]:
-    """Those of one prompt's candidates that have no score."""
-    return [
-        Abstain(candidate.prompt_id, candidate.index, answer.reason)
-        for candidate, answer in zip(candidates, answers, strict=True)
-        if isinstance(answer, Abstention)
-    ]

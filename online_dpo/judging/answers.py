@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias
@@ -16,6 +17,8 @@ Answer: TypeAlias = Opinion | Abstention
 DECLINED = Abstention("judge declined")
 LONGEST_REASON = 200
 """Characters."""
+SCALE = 64
+"""Sums are of 2^-64 of each number: 2^64 of the largest floats have a finite sum."""
 
 
 def read_list(answer: Any, wanted: int, noun: str, asked: str) -> list[Any]:
@@ -56,14 +59,47 @@ def read_probability(value: Any) -> Answer:
     return answer
 
 
-def mean_numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each numeric detail (true is 1) over the rows that have it."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
+class Means:
+    """The mean of each numeric detail (true is 1) over the rows that have it, exact but for one rounding: the sums are
+    kept as parts that do not overlap (Shewchuk 1997, as `math.fsum` does), so what is held does not grow with the rows.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[float]] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One more row."""
         for key, value in row.items():
             if isinstance(value, int | float):
-                values.setdefault(key, []).append(float(value))
-    return {key: math.fsum(value / len(row) for value in row) for key, row in values.items()}
+                self._counts[key] += 1
+                _add_exactly(self._parts.setdefault(key, []), math.ldexp(float(value), -SCALE))
+
+    def as_dict(self) -> dict[str, float]:
+        """The means by key, in the order of first appearance."""
+        return {key: math.ldexp(math.fsum(parts) / self._counts[key], SCALE) for key, parts in self._parts.items()}
+
+
+def mean_numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each numeric detail (true is 1) over the rows that have it."""
+    means = Means()
+    for row in rows:
+        means.add(row)
+    return means.as_dict()
+
+
+def _add_exactly(parts: list[float], value: float) -> None:
+    """Add `value` to the sum that `parts` are, smallest first."""
+    kept = 0
+    for part in parts:
+        large, small = (value, part) if abs(value) >= abs(part) else (part, value)
+        total = large + small
+        rest = small - (total - large)
+        if rest:
+            parts[kept] = rest
+            kept += 1
+        value = total
+    parts[kept:] = [value]
 
 
 def _number(value: Any) -> float | Abstention:

@@ -26,6 +26,96 @@ def as_asked(judge: object) -> AskedJudge:
     return judge if isinstance(judge, AskedJudge) else AskedJudge(as_judge(judge), judge_name(judge))
 
 
+class Abstained:
+    """How many of a judge's answers were abstentions, and why: what grows is the reasons, not the answers."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.count = 0
+        self._first = ""
+
+    def add(self, prompt_id: str, reason: str) -> None:
+        """One abstained at a prompt."""
+        self._first = self._first if self.count else prompt_id
+        self.count += 1
+        self.reasons[reason] += 1
+
+    def check(self, asked: AskedJudge, done: int, total: int, max_abstain: float) -> None:
+        """`JudgeError` as soon as `total` cannot stay within the share `max_abstain`: judge calls may cost money."""
+        if self.count <= max_abstain * total + ROUNDING:
+            return
+        reasons = dict(self.reasons.most_common())
+        shown = "; ".join(f"{reason} ({count})" for reason, count in itertools.islice(reasons.items(), REASONS_SHOWN))
+        more = f"; and {len(reasons) - REASONS_SHOWN} other reasons" if len(reasons) > REASONS_SHOWN else ""
+        raise JudgeError(
+            f"judge '{asked.name}' abstained on {self.count} of the {done} candidates judged so far (of {total}), "
+            f"more than max_abstain {max_abstain:g} allows: {shown}{more}; first at prompt '{self._first}'"
+        )
+
+
+class Judging:
+    """A judge over the `total` candidates of a round, which come in parts: abstentions are counted over all of them.
+
+    `known`: what the judge has said already, by prompt id, one answer a candidate; it is not asked for these.
+    `on_progress` receives the number of candidates judged since its last call. Raises `JudgeError` when more than
+    the share `max_abstain` (0 to 1) of all candidates has abstained in `known`.
+    """
+
+    def __init__(
+        self,
+        judge: object,
+        total: int,
+        *,
+        max_abstain: float,
+        on_progress: Callable[[int], None] | None = None,
+        known: Mapping[str, Sequence[Answer]] | None = None,
+    ) -> None:
+        self.asked = as_asked(judge)
+        self.total = total
+        self.max_abstain = max_abstain
+        self.known = known or {}
+        self._on_progress = on_progress
+        self._abstained = Abstained()
+        self._done = 0
+        self._check_known()
+
+    def judge(self, prompts: Mapping[str, Prompt], candidates: Sequence[Candidate]) -> list[Verdict | Abstain]:
+        """One verdict or abstention a candidate, in the candidates' order. All of a prompt's candidates stand in one
+        part. Raises as `judge_all` does."""
+        groups = _by_prompt(prompts, candidates)
+        results: dict[int, Verdict | Abstain] = {}
+        for chunk in _chunks(list(groups.items()), self.asked):
+            new: list[Item] = [
+                (prompts[name], [candidates[i] for i in at]) for name, at in chunk if name not in self.known
+            ]
+            said = iter(self.asked.scores(new) if new else [])
+            for prompt_id, places in chunk:
+                answers = self.known[prompt_id] if prompt_id in self.known else next(said)
+                for place, answer in zip(places, answers, strict=True):
+                    results[place] = self._result(candidates[place], answer)
+            self._abstained.check(self.asked, self._done, self.total, self.max_abstain)
+            if self._on_progress is not None:
+                self._on_progress(sum(len(places) for _, places in chunk))
+        return [results[place] for place in range(len(candidates))]
+
+    def _result(self, candidate: Candidate, answer: Answer) -> Verdict | Abstain:
+        self._done += 1
+        if isinstance(answer, Abstention):
+            self._abstained.add(candidate.prompt_id, answer.reason)
+            return Abstain(candidate.prompt_id, candidate.index, answer.reason)
+        return Verdict(candidate.prompt_id, candidate.index, answer.value, answer.details)
+
+    def _check_known(self) -> None:
+        """Before anything is asked: whether too many have abstained already."""
+        abstained, done = Abstained(), 0
+        for prompt_id, answers in self.known.items():
+            done += len(answers)
+            for answer in answers:
+                if isinstance(answer, Abstention):
+                    abstained.add(prompt_id, answer.reason)
+        abstained.check(self.asked, done, self.total, self.max_abstain)
+
+
 def judge_all(
     judge: object,
     prompts: Mapping[str, Prompt],
@@ -38,30 +128,12 @@ def judge_all(
     """One verdict or abstention per candidate, in the candidates' order.
 
     `prompts` holds each candidate's prompt by id. A candidate whose judge raises, declines, or returns something
-    that is not a finite number abstains with the reason. `on_progress` receives the number of candidates judged
-    since its last call. `known`: what the judge has said already, by prompt id, one answer a candidate; it is not asked
-    for these. Raises `JudgeError` when the judge gives the wrong number of scores, or as soon as more
-    than the share `max_abstain` (0 to 1) of all candidates has abstained; `DataError` for an unknown prompt.
+    that is not a finite number abstains with the reason. `on_progress`, `known`: as in `Judging`. Raises `JudgeError`
+    when the judge gives the wrong number of scores, or as soon as more than the share `max_abstain` (0 to 1) of all
+    candidates has abstained; `DataError` for an unknown prompt.
     """
-    asked = as_asked(judge)
-    groups = _by_prompt(prompts, candidates)
-    results: dict[int, Verdict | Abstain] = {}
-    abstained: list[Abstain] = []
-    known = known or {}
-    _check_known(asked, groups, candidates, known, max_abstain)
-    for chunk in _chunks(list(groups.items()), asked):
-        new: list[Item] = [(prompts[name], [candidates[i] for i in at]) for name, at in chunk if name not in known]
-        said = iter(asked.scores(new) if new else [])
-        for prompt_id, places in chunk:
-            answers = known[prompt_id] if prompt_id in known else next(said)
-            for place, answer in zip(places, answers, strict=True):
-                result = results[place] = _result(candidates[place], answer)
-                if isinstance(result, Abstain):
-                    abstained.append(result)
-        check_abstentions(asked, abstained, len(results), len(candidates), max_abstain)
-        if on_progress is not None:
-            on_progress(sum(len(places) for _, places in chunk))
-    return [results[place] for place in range(len(candidates))]
+    judging = Judging(judge, len(candidates), max_abstain=max_abstain, on_progress=on_progress, known=known)
+    return judging.judge(prompts, candidates)
 
 
 def abstain_reasons(verdicts: Iterable[Verdict | Abstain]) -> dict[str, int]:
@@ -104,41 +176,3 @@ def chunk_size(asked: AskedJudge, candidates: int) -> int | None:
         return asked.batch * calls
     comparisons = schedule_size(candidates, asked.asking.comparing) * (2 if asked.judge.both_orders else 1)
     return -(-asked.batch * calls // max(1, comparisons))
-
-
-def _check_known(
-    asked: AskedJudge,
-    groups: Mapping[str, Sequence[int]],
-    candidates: Sequence[Candidate],
-    known: Mapping[str, Sequence[Answer]],
-    max_abstain: float,
-) -> None:
-    """Before anything is asked: whether too many have abstained already."""
-    results = [
-        _result(candidates[place], answer)
-        for prompt_id, answers in known.items()
-        for place, answer in zip(groups[prompt_id], answers, strict=True)
-    ]
-    abstained = [result for result in results if isinstance(result, Abstain)]
-    check_abstentions(asked, abstained, len(results), len(candidates), max_abstain)
-
-
-def _result(candidate: Candidate, answer: Answer) -> Verdict | Abstain:
-    if isinstance(answer, Abstention):
-        return Abstain(candidate.prompt_id, candidate.index, answer.reason)
-    return Verdict(candidate.prompt_id, candidate.index, answer.value, answer.details)
-
-
-def check_abstentions(
-    asked: AskedJudge, abstained: Sequence[Abstain], done: int, total: int, max_abstain: float
-) -> None:
-    """`JudgeError` as soon as all `total` cannot stay within the share `max_abstain`: judge calls may cost money."""
-    if len(abstained) <= max_abstain * total + ROUNDING:
-        return
-    reasons = abstain_reasons(abstained)
-    shown = "; ".join(f"{reason} ({count})" for reason, count in itertools.islice(reasons.items(), REASONS_SHOWN))
-    more = f"; and {len(reasons) - REASONS_SHOWN} other reasons" if len(reasons) > REASONS_SHOWN else ""
-    raise JudgeError(
-        f"judge '{asked.name}' abstained on {len(abstained)} of the {done} candidates judged so far (of {total}), "
-        f"more than max_abstain {max_abstain:g} allows: {shown}{more}; first at prompt '{abstained[0].prompt_id}'"
-    )

@@ -6,33 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from online_dpo.answer_blocks import AT_ONCE, count_candidates
 from online_dpo.arms import Arm
 from online_dpo.dataset_rows import Row
 from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pair_stage import pair_round
-from online_dpo.records import read_candidates, read_verdicts, write_candidates, write_prompts, write_verdicts
+from online_dpo.records import CANDIDATES, VERDICTS, candidate_table, verdict_table, write_prompts
 from online_dpo.rounds import Pinned
 from online_dpo.sample_stage import prompts_digest
 from online_dpo.seeds import derive_seed
 from online_dpo.sources.datasets import match_of, rows_of, source_of
 from online_dpo.sources.round_data import RoundData
 from online_dpo.store import RoundFolder, StageRecord
-from online_dpo.types import Candidate, Prompt, Verdict
+from online_dpo.tables import TableWriter, batched, each_row
+from online_dpo.types import Prompt, Verdict
 
 
 def gather_dataset(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
     """The rows of the round's prompts; judged anew where the source says `relabel`."""
     sample = _take_rows(arm, folder, pinned)
-    candidates = read_candidates(folder.path / "candidates.parquet")
     audit = None
     if source_of(arm).relabel:
-        judge = judge_round(arm, folder, pinned, candidates, sample)
-        audit = audit_round(arm, folder, pinned, candidates, sample)
+        judge = judge_round(arm, folder, pinned, sample)
+        audit = audit_round(arm, folder, pinned, sample)
     else:
-        judge = take_labels(folder, candidates, sample, "dataset")
-    verdicts = read_verdicts(folder.path / "verdicts.parquet")
-    pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair, sampled_by=None)
+        judge = take_labels(folder, sample, "dataset")
+    pair = pair_round(arm, folder, pinned, (sample, judge))
+    return RoundData(sample, judge, audit, pair, sampled_by=None)
 
 
 def _take_rows(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
@@ -41,11 +41,12 @@ def _take_rows(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
 
     def produce(out: Path) -> dict[str, Any]:
         chosen = row_of_prompts(arm, folder.index, pinned.prompts)
-        candidates = [answer for prompt_id, row in chosen.items() for answer in row.candidates(prompt_id)]
-        write_candidates(out / "candidates.parquet", candidates)
+        with TableWriter(out / "candidates.parquet", CANDIDATES) as file:
+            for part in batched(chosen.items(), AT_ONCE):
+                file.add(candidate_table([answer for name, row in part for answer in row.candidates(name)]))
         write_own_prompts(arm, out, pinned.prompts)
-        missing = len(pinned.prompts) - len(chosen)
-        return {"candidates": len(candidates), "tokens": 0, "given": len(candidates), "without_row": missing}
+        given, missing = count_candidates(out), len(pinned.prompts) - len(chosen)
+        return {"candidates": given, "tokens": 0, "given": given, "without_row": missing}
 
     inputs = {
         "dataset": rows.digest,
@@ -82,19 +83,23 @@ def row_of_prompts(arm: Arm, index: int, prompts: Sequence[Prompt]) -> dict[str,
     return found
 
 
-def take_labels(folder: RoundFolder, candidates: Sequence[Candidate], sample: StageRecord, label: str) -> StageRecord:
+def take_labels(folder: RoundFolder, sample: StageRecord, label: str) -> StageRecord:
     """The stage 'judge' where no judge is asked: candidate 0 of each prompt has score 1, the others 0.
 
     `label` says in every verdict's details whose labels these are.
     """
 
     def produce(out: Path) -> dict[str, Any]:
-        verdicts = [
-            Verdict(one.prompt_id, one.index, 1.0 if one.index == 0 else 0.0, {"label": label}) for one in candidates
-        ]
-        write_verdicts(out / "verdicts.parquet", verdicts)
+        labels = 0
+        with TableWriter(out / "verdicts.parquet", VERDICTS) as file:
+            for part in batched(
+                each_row(folder.path / "candidates.parquet", CANDIDATES, ("prompt_id", "index")), AT_ONCE
+            ):
+                given = [(row["prompt_id"], row["index"], 1.0 if row["index"] == 0 else 0.0) for row in part]
+                file.add(verdict_table([Verdict(*one, {"label": label}) for one in given]))
+                labels += len(given)
         # Nobody was asked: the budget counts judgements.
-        return {"verdicts": 0, "abstained": 0, "reasons": {}, "details": {}, "ledger": {}, "labels": len(verdicts)}
+        return {"verdicts": 0, "abstained": 0, "reasons": {}, "details": {}, "ledger": {}, "labels": labels}
 
     inputs = {"candidates": sample.outputs["candidates.parquet"], "labels": label}
     return folder.stage("judge", inputs, ["verdicts.parquet"], produce)

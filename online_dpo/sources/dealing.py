@@ -7,11 +7,12 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
 
-from online_dpo.records import CANDIDATES, PAIRS, read_rows
+from online_dpo.records import CANDIDATES, each_pair
 from online_dpo.seeds import derive_seed
 from online_dpo.sources.batch import Batch, put_together, read_batch
 from online_dpo.sources.saving import record_of
 from online_dpo.sources.streamed import StreamedArm
+from online_dpo.tables import each_row
 from online_dpo.types import Pair, Prompt
 
 Take = Literal["pairs", "candidates"]
@@ -34,10 +35,10 @@ def _cards(streamed: StreamedArm, index: int, take: Take) -> list[Card]:
     folder = streamed.folder(index)
     if take == "pairs":
         record_of(folder, "pair")
-        rows = read_rows(folder.path / "pairs.parquet", PAIRS)
+        rows = each_pair(folder.path / "pairs.parquet")
         return [(index, row["prompt_id"], row["chosen_index"], row["rejected_index"]) for row in rows]
     record_of(folder, "sample")
-    rows = read_rows(folder.path / "candidates.parquet", CANDIDATES)
+    rows = each_row(folder.path / "candidates.parquet", CANDIDATES, ["prompt_id"])
     return [(index, prompt_id) for prompt_id in dict.fromkeys(row["prompt_id"] for row in rows)]
 
 

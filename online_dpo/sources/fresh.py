@@ -6,7 +6,6 @@ from online_dpo.arms import Arm
 from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pair_stage import pair_round
 from online_dpo.prompts import prompts_for_round
-from online_dpo.records import read_candidates, read_verdicts
 from online_dpo.rounds import Sampled
 from online_dpo.sample_stage import sample_round
 from online_dpo.sources.round_data import RoundData
@@ -22,9 +21,7 @@ def fresh_prompts(arm: Arm, index: int) -> tuple[Prompt, ...]:
 def gather_fresh(arm: Arm, folder: RoundFolder, pinned: Sampled) -> RoundData:
     """Sample from the round's source, judge, audit the judge, pair."""
     sample = sample_round(arm, folder, pinned)
-    candidates = read_candidates(folder.path / "candidates.parquet")
-    judge = judge_round(arm, folder, pinned, candidates, sample)
-    verdicts = read_verdicts(folder.path / "verdicts.parquet")
-    audit = audit_round(arm, folder, pinned, candidates, sample)
-    pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair, pinned.source)
+    judge = judge_round(arm, folder, pinned, sample)
+    audit = audit_round(arm, folder, pinned, sample)
+    pair = pair_round(arm, folder, pinned, (sample, judge))
+    return RoundData(sample, judge, audit, pair, pinned.source)

@@ -10,7 +10,6 @@ from typing import Any
 
 from online_dpo.arms import Arm
 from online_dpo.files import digest_json
-from online_dpo.records import read_candidates, read_verdicts
 from online_dpo.rounds import Pinned
 from online_dpo.source_spec import SourceSpec
 from online_dpo.sources.batch import Batch, put_together, read_batch
@@ -47,8 +46,6 @@ def gather_history(arm: Arm, folder: RoundFolder, pinned: Pinned, own: Sequence[
     given = _given(arm, folder, {prompt.id: prompt for prompt in pinned.prompts})
     sample, judge, pair = give_batch(folder, given)
     return RoundData(
-        tuple(read_candidates(folder.path / "candidates.parquet")),
-        tuple(read_verdicts(folder.path / "verdicts.parquet")),
         with_parts(sample, [fresh.sample], fresh.sample.info),
         with_parts(judge, [fresh.judge], fresh.judge.info),
         audit_of(folder, [(folder.inside(FRESH), fresh.audit)]),

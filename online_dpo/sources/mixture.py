@@ -10,7 +10,6 @@ from typing import Any
 from online_dpo.arms import Arm
 from online_dpo.files import digest_json
 from online_dpo.pairing import within_budget
-from online_dpo.records import read_candidates, read_verdicts
 from online_dpo.rounds import Pinned, source_index
 from online_dpo.seeds import derive_seed
 from online_dpo.source_spec import ShareSpec, SourceSpec, source_kind
@@ -54,8 +53,6 @@ def gather_mixture(
     sample, judge, pair = give_batch(folder, given)
     found = list(parts.values())
     return RoundData(
-        tuple(read_candidates(folder.path / "candidates.parquet")),
-        tuple(read_verdicts(folder.path / "verdicts.parquet")),
         with_parts(sample, [part.sample for part in found], _summed([part.sample.info for part in found])),
         with_parts(judge, [part.judge for part in found], _summed([part.judge.info for part in found])),
         audit_of(folder, [(inside, part.audit) for inside, part in parts.items()]),

@@ -10,7 +10,6 @@ from typing import Any
 from online_dpo.arms import Arm
 from online_dpo.files import digest_json
 from online_dpo.off_policy import ess, kl_token_k3
-from online_dpo.records import read_candidates, read_verdicts
 from online_dpo.rounds import Pinned, sampled_in
 from online_dpo.scoring import score_answers
 from online_dpo.seeds import derive_seed
@@ -43,9 +42,7 @@ def gather_refreshed(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData
     decided = {"kept_from": digest_json(digests)}
     place = f"{arm.name}/seed_{arm.seed}/round_{last:02d}"
     sample, judge, pair = give_batch(folder, Given(decided, place, lambda: read_batch(origin, known), origin))
-    candidates = read_candidates(folder.path / "candidates.parquet")
-    verdicts = read_verdicts(folder.path / "verdicts.parquet")
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, None, pair, pinned.source)
+    return RoundData(sample, judge, None, pair, pinned.source)
 
 
 def decide(arm: Arm, index: int) -> StageRecord:

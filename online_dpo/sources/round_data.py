@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from online_dpo.store import StageRecord
-from online_dpo.types import Abstain, Candidate, Policy, Verdict
+from online_dpo.types import Policy
 
 
 @dataclass(frozen=True, slots=True)
 class RoundData:
-    """The round's candidates and verdicts, and the records of the stages that made them.
+    """The records of the stages that made the round's candidates, verdicts and pairs, which lie in its folder."""
 
-    The pairs lie in the round's folder.
-    """
-
-    candidates: tuple[Candidate, ...]
-    verdicts: tuple[Verdict | Abstain, ...]
     sample: StageRecord
     judge: StageRecord
     audit: StageRecord | None

@@ -14,10 +14,10 @@ from typing import Any
 from online_dpo.errors import RunFolderError
 from online_dpo.files import digest_json, link_tree
 from online_dpo.judging import mean_details
-from online_dpo.records import write_candidates, write_pairs, write_prompts, write_verdicts
+from online_dpo.records import mean_margin, write_candidates, write_pairs, write_prompts, write_verdicts
 from online_dpo.sources.batch import Batch
 from online_dpo.store import RoundFolder, StageRecord
-from online_dpo.types import Pair, Prompt
+from online_dpo.types import Prompt
 
 FILES = {"sample": ["candidates.parquet"], "judge": ["verdicts.parquet"], "pair": ["pairs.parquet"]}
 """What the stages that a source stands for write."""
@@ -102,7 +102,7 @@ def _give_pairs(folder: RoundFolder, given: Given, decided: Mapping[str, str]) -
     def produce(out: Path) -> dict[str, Any]:
         pairs = given.make().pairs
         write_pairs(out / "pairs.parquet", pairs)
-        return {"kept": len(pairs), "dropped": {}, "margin": mean_margin(pairs), **given.figures()}
+        return {"kept": len(pairs), "dropped": {}, "margin": mean_margin(out / "pairs.parquet"), **given.figures()}
 
     return folder.stage("pair", decided, FILES["pair"], produce)
 
@@ -119,11 +119,6 @@ def take_over(
         return info
 
     return folder.stage(stage, decided, outputs, produce)
-
-
-def mean_margin(pairs: Sequence[Pair]) -> float | None:
-    """The mean difference of scores; None without a pair."""
-    return sum(pair.margin for pair in pairs) / len(pairs) if pairs else None
 
 
 def with_parts(whole: StageRecord, parts: Sequence[StageRecord], info: Mapping[str, Any]) -> StageRecord:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from online_dpo.arms import Arm
+from online_dpo.dataset_rows import Row
 from online_dpo.files import digest_json
 from online_dpo.pair_stage import pair_round
-from online_dpo.records import read_candidates, read_verdicts, write_candidates
+from online_dpo.records import CANDIDATES, candidate_table
 from online_dpo.rounds import Pinned
-from online_dpo.sample_stage import generate, prompts_digest
-from online_dpo.seeds import derive_seed
+from online_dpo.sample_stage import Generation, prompts_digest, round_seeds
 from online_dpo.sources.dataset import given_files, row_of_prompts, take_labels, write_own_prompts
 from online_dpo.sources.datasets import rows_of
 from online_dpo.sources.round_data import RoundData
 from online_dpo.store import RoundFolder, StageRecord
+from online_dpo.tables import TableWriter
+from online_dpo.types import Candidate
 
 
 def gather_spin(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
@@ -26,11 +29,9 @@ def gather_spin(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
     pairs the answer with every sample.
     """
     sample = _sample_against(arm, folder, pinned)
-    candidates = read_candidates(folder.path / "candidates.parquet")
-    judge = take_labels(folder, candidates, sample, "spin")
-    verdicts = read_verdicts(folder.path / "verdicts.parquet")
-    pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, None, pair, sampled_by=None)
+    judge = take_labels(folder, sample, "spin")
+    pair = pair_round(arm, folder, pinned, (sample, judge))
+    return RoundData(sample, judge, None, pair, sampled_by=None)
 
 
 def _sample_against(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecord:
@@ -42,20 +43,19 @@ def _sample_against(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecor
         prompts = [prompt for prompt in pinned.prompts if prompt.id in rows]
         arm.run.rest_learner()
         probe_gap = arm.run.engine.load(pinned.source)
-        seeds = [
-            tuple(derive_seed(arm.seed, "sample", folder.index, prompt.id, i) for i in range(sampling.n))
-            for prompt in prompts
-        ]
-        sampled, figures = generate(arm, f"round {folder.index} sample", prompts, seeds, sampling)
-        given = [row.candidates(prompt_id)[0] for prompt_id, row in rows.items()]
-        # The answer stands before its prompt's samples; a sort keeps their order.
-        place = {prompt.id: number for number, prompt in enumerate(prompts)}
-        moved = [replace(candidate, index=candidate.index + 1) for candidate in sampled]
-        candidates = sorted([*given, *moved], key=lambda candidate: place[candidate.prompt_id])
-        write_candidates(out / "candidates.parquet", candidates)
+        asked = Generation(
+            arm, f"round {folder.index} sample", prompts, round_seeds(arm, folder.index), arm.settings.sampling
+        )
+        given = 0
+        with TableWriter(out / "candidates.parquet", CANDIDATES) as file:
+            for sampled in asked.blocks():
+                behind = [*_behind_answers(sampled, rows)]
+                given += len(behind) - len(sampled)
+                file.add(candidate_table(behind))
         write_own_prompts(arm, out, pinned.prompts)
         missing = len(pinned.prompts) - len(prompts)
-        counts = {"candidates": len(candidates), "given": len(given), "without_row": missing}
+        figures = asked.figures()
+        counts = {"candidates": asked.candidates + given, "given": given, "without_row": missing}
         return {**figures, **counts, "probe_gap": probe_gap}
 
     inputs = {
@@ -67,3 +67,11 @@ def _sample_against(arm: Arm, folder: RoundFolder, pinned: Pinned) -> StageRecor
         "engine": arm.run.engine.kind,
     }
     return folder.stage("sample", inputs, given_files(arm), produce)
+
+
+def _behind_answers(sampled: Sequence[Candidate], rows: Mapping[str, Row]) -> Iterator[Candidate]:
+    """Each prompt's samples, counted from 1, behind the answer of its row."""
+    for candidate in sampled:
+        if candidate.index == 0:
+            yield rows[candidate.prompt_id].candidates(candidate.prompt_id)[0]
+        yield replace(candidate, index=candidate.index + 1)

@@ -15,7 +15,7 @@ from online_dpo.errors import RunFolderError
 from online_dpo.files import digest_json
 from online_dpo.judge_stage import audit_round, judge_round
 from online_dpo.pair_stage import pair_round
-from online_dpo.records import read_candidates, read_round_prompts, read_verdicts
+from online_dpo.records import read_round_prompts
 from online_dpo.rounds import Pinned
 from online_dpo.sample_stage import prompts_digest
 from online_dpo.sources.batch import Batch, read_batch
@@ -53,16 +53,12 @@ def gather_stream(arm: Arm, folder: RoundFolder, pinned: Pinned) -> RoundData:
     sampled_by = _sampler(arm, streamed, folder.index, pinned)
     if stream_of(arm).take == "pairs":
         sample, judge, pair = give_batch(folder, given)
-        candidates = read_candidates(folder.path / "candidates.parquet")
-        verdicts = read_verdicts(folder.path / "verdicts.parquet")
-        return RoundData(tuple(candidates), tuple(verdicts), sample, judge, None, pair, sampled_by)
+        return RoundData(sample, judge, None, pair, sampled_by)
     sample = give_answers(folder, given)
-    candidates = read_candidates(folder.path / "candidates.parquet")
-    judge = judge_round(arm, folder, pinned, candidates, sample)
-    verdicts = read_verdicts(folder.path / "verdicts.parquet")
-    audit = audit_round(arm, folder, pinned, candidates, sample)
-    pair = pair_round(arm, folder, pinned, candidates, verdicts, (sample, judge))
-    return RoundData(tuple(candidates), tuple(verdicts), sample, judge, audit, pair, sampled_by)
+    judge = judge_round(arm, folder, pinned, sample)
+    audit = audit_round(arm, folder, pinned, sample)
+    pair = pair_round(arm, folder, pinned, (sample, judge))
+    return RoundData(sample, judge, audit, pair, sampled_by)
 
 
 def _rounds(arm: Arm, streamed: StreamedArm, index: int) -> list[int]:
