@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from online_dpo.config import ArmSettings, ReferenceSpec
 from online_dpo.errors import RunFolderError
+from online_dpo.manifest_check import check_pinned
 from online_dpo.policies import read_policy
 from online_dpo.source_spec import SourceSpec, parts_of, source_kind
 from online_dpo.store import RoundFolder, RunStore
@@ -124,6 +125,7 @@ def pin(folder: RoundFolder, policies: ArmPolicies, settings: ArmSettings, promp
         return {"round": index, "prompts": [prompt.id for prompt in prompts], **roles}
 
     pinned = folder.pin(decide)
+    check_pinned(pinned, folder.path / "round.json")
     found = {role: _find(policies, pinned[role]) for role in chosen}
     for role, policy in found.items():
         if policy.digest != pinned[role]["digest"]:

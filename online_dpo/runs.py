@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -22,6 +21,7 @@ from online_dpo.config import Experiment, JudgeSpec
 from online_dpo.dataset_rows import DatasetRows, Reading
 from online_dpo.errors import ConfigError, ModelError, OnlineDPOError, RunFolderError
 from online_dpo.evaluate_stage import held_out_sampling
+from online_dpo.experiment_seal import check_seal
 from online_dpo.fault_checks import check_faults
 from online_dpo.files import digest_json, write_json
 from online_dpo.forking import Fork, lay_fork
@@ -37,6 +37,7 @@ from online_dpo.judging import VerdictCache, read_spent
 from online_dpo.links import refuse_links
 from online_dpo.live_model import EngineModel
 from online_dpo.loop import run_experiment
+from online_dpo.manifest_check import check_manifest
 from online_dpo.model_check import check_length, check_model, check_tokens
 from online_dpo.model_config import context_length, end_token_ids
 from online_dpo.models import ResolvedModel, load_tokenizer, resolve_model
@@ -203,6 +204,7 @@ def open_or_create(resolved: Resolved) -> RunStore:
             write_given_pairs(root / HUMAN_PAIRS, resolved.human_pairs.pairs)
         return RunStore.create(root, resolved.experiment, _manifest(resolved))
     store = RunStore.open(root)
+    check_manifest(store.manifest, root / "manifest.json")
     changed = changed_keys(store.experiment, resolved.experiment)
     if resolved.judges == store.manifest.get("judges"):
         # Keys of a judge that leave its digest as it is (where its server is, how many calls at once) may change.
@@ -215,7 +217,7 @@ def open_or_create(resolved: Resolved) -> RunStore:
     check_unchanged(store, resolved.model, resolved.judges, resolved.prompts)
     if _pairs_record(resolved.human_pairs) != store.manifest.get("human_pairs"):
         raise RunFolderError(f"{root}: the pairs of evaluation.pairs are not those that the run began with")
-    check_datasets_unchanged(root, resolved.datasets, store.manifest["datasets"])
+    check_datasets_unchanged(root, resolved.datasets, store.manifest.get("datasets", {}))
     # What may change (a raised budget, for instance) holds from now on.
     store.take_experiment(resolved.experiment)
     return store
@@ -228,7 +230,9 @@ def reopen(root: Path, tell: Callable[[Experiment, Path], None] | None = None) -
     Raises `RunFolderError` when there is no run, or its model or a judge is another one now.
     """
     store = RunStore.open(root)
+    check_manifest(store.manifest, root / "manifest.json")
     experiment = store.experiment
+    check_seal(root / "experiment.yaml", experiment)
     folder = store.folder
     if tell is not None:
         tell(experiment, folder)
@@ -313,7 +317,7 @@ def execute(
     read = datasets
 
     def go_on() -> dict[str, str]:
-        with _live(store, model, prompts["train"], prompts["held_out"], read, progress) as run:
+        with live_run(store, model, prompts["train"], prompts["held_out"], read, progress) as run:
             run.human_pairs = stored_human_pairs(store)
             run.datasets = read
             return run_experiment(run)
@@ -335,7 +339,7 @@ def _datasets_again(
     folder = store.folder
     tokenizer = _tokenizer(store.experiment, model, folder)
     datasets = read_datasets(store.experiment, _reading(store.experiment, model, tokenizer, prompts, folder))
-    check_datasets_unchanged(store.root, datasets, store.manifest["datasets"])
+    check_datasets_unchanged(store.root, datasets, store.manifest.get("datasets", {}))
     return datasets
 
 
@@ -351,7 +355,7 @@ def stored_human_pairs(store: RunStore) -> tuple[Pair, ...]:
 
 
 @contextmanager
-def _live(
+def live_run(
     store: RunStore,
     model: ResolvedModel,
     train: tuple[Prompt, ...],
@@ -430,14 +434,13 @@ def _cache_file(store: RunStore) -> Path:
 
 def _initial_policy(store: RunStore, bare: Policy, learner: Learner, probe_ids: Sequence[int]) -> Policy:
     """The initial policy with its probe, measured once a run."""
-    file = store.root / "initial.json"
-    if not file.exists():
+    record = store.initial
+    if record is None:
         probe = learner.probe(bare, probe_ids)
         if not all(map(math.isfinite, probe.logprobs)):
             raise ModelError(f"the log-probs of model {store.experiment.model} are not finite: its weights are damaged")
         record = {"digest": bare.digest, "token_ids": list(probe.token_ids), "logprobs": list(probe.logprobs)}
-        write_json(file, record)
-    record = json.loads(file.read_text(encoding="utf-8"))
+        write_json(store.root / "initial.json", record)
     return Policy(bare.id, bare.path, bare.digest, probe=Probe(tuple(record["token_ids"]), tuple(record["logprobs"])))
 
 

@@ -45,6 +45,7 @@ import yaml
 from online_dpo.config import Experiment, flatten, validate_experiment
 from online_dpo.disk_full import told_when_full
 from online_dpo.errors import ConfigError, RunFolderError
+from online_dpo.experiment_seal import sealed
 from online_dpo.files import (
     digest,
     digest_json,
@@ -58,6 +59,7 @@ from online_dpo.files import (
 )
 from online_dpo.leaving import LEAVING
 from online_dpo.links import refuse_links, refuse_links_at
+from online_dpo.manifest_check import check_initial
 from online_dpo.metrics_check import checked_metrics
 from online_dpo.run_hint import no_run
 from online_dpo.run_lock import hold
@@ -169,6 +171,16 @@ class RunStore:
     def manifest(self) -> dict[str, Any]:
         """What the run began with."""
         return _read_json(self.root / "manifest.json")
+
+    @property
+    def initial(self) -> dict[str, Any] | None:
+        """The digest of the policy that the run began with, and its probe; None before it was measured."""
+        file = self.root / "initial.json"
+        if not file.exists():
+            return None
+        record = _read_json(file)
+        check_initial(record, file)
+        return record
 
     @property
     def folder(self) -> Path:
@@ -395,8 +407,8 @@ class RoundFolder:
 
 
 def dump_experiment(experiment: Experiment) -> str:
-    """The resolved experiment as YAML."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved experiment as YAML, with its digest below."""
+    return sealed(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def changed_keys(old: Experiment, new: Experiment) -> list[str]:

@@ -19,7 +19,8 @@ from online_dpo.files import read_json
 from online_dpo.judging.cache import read_spent
 from online_dpo.links import refuse_links
 from online_dpo.metrics_check import checked_metrics
-from online_dpo.run_hint import run_hint
+from online_dpo.run_hint import no_run, run_hint
+from online_dpo.run_lock import NAME as LOCK
 from online_dpo.yaml_file import read_yaml
 
 RoundState = Literal["done", "running", "waiting"]
@@ -76,6 +77,8 @@ def read_snapshot(root: Path) -> Snapshot:
     """The run in folder `root` as it is now; `RunFolderError` when there is no such folder."""
     if not root.is_dir():
         raise RunFolderError(f"no run folder at {root}{run_hint(root)}")
+    if not _may_be_a_run(root):
+        raise no_run(root)
     refuse_links(root)
     experiment = _experiment(root)
     progress = _read(root / NAME) or {}
@@ -93,6 +96,12 @@ def read_snapshot(root: Path) -> Snapshot:
         spent={} if experiment is None else read_spent(Path(experiment.judge_cache or root / "verdicts.sqlite")),
         beside=tuple(_stage(one, progress["time"]) for one in beside),
     )
+
+
+def _may_be_a_run(root: Path) -> bool:
+    """Whether anything of a run lies in folder `root`, or nothing at all yet."""
+    there = set(os.listdir(root))
+    return not there or bool(there & {"experiment.yaml", "manifest.json", "prompts.parquet", "arms", LOCK, NAME})
 
 
 def _experiment(root: Path) -> Experiment | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +69,8 @@ class StreamedArm:
 
     def initial_digest(self) -> str | None:
         """The digest of the policy that another run began with; None for this run, which has one alone."""
-        file = self.store.root / "initial.json"
-        if not self.elsewhere or not file.exists():
-            return None
-        found: str = json.loads(file.read_text(encoding="utf-8"))["digest"]
-        return found
+        record = self.store.initial if self.elsewhere else None
+        return None if record is None else str(record["digest"])
 
 
 def streamed_arm(arm: Arm) -> StreamedArm:
