@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from online_dpo.commands.common import Debug, errors_in_one_line, reading, tell_own_code
+from online_dpo.commands.common import Debug, Quiet, errors_in_one_line, reading, tell_own_code
 from online_dpo.config import Experiment, load_experiment
 from online_dpo.errors import ConfigError
 
@@ -31,6 +31,7 @@ def check(
         str | None,
         typer.Option("--hardware", metavar="GPU:COUNT", help="predict for GPUs that are not here, h100:8; on paper"),
     ] = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Validate an experiment, find its model, prompts and judges, and print the plan; predict what it would take."""
@@ -44,6 +45,8 @@ def check(
         from online_dpo.display import make_console
 
         resolved, engine = _plan(spec, experiment.parent, make_console())
+        if predict:
+            _rehearsed(resolved, engine, quiet)
         if like is not None:
             with reading(like):
                 _like(resolved, engine, like)
@@ -67,6 +70,19 @@ def _like(resolved: Resolved, engine: str, run: Path) -> None:
     from online_dpo.planner.predicting import like_run
 
     make_console().print(prediction_tables(like_run(resolved, engine, run)))
+
+
+def _rehearsed(resolved: Resolved, engine: str, quiet: bool) -> None:
+    from online_dpo.display import make_console, make_progress
+    from online_dpo.planner.display import prediction_tables
+    from online_dpo.planner.predicting import by_rehearsal
+    from online_dpo.planner.rehearsal import described
+
+    shown = make_console(stderr=True)
+    with make_progress(quiet, shown) as progress:
+        progress.say(described(resolved, engine))
+        prediction = by_rehearsal(resolved, engine, progress)
+    make_console().print(prediction_tables(prediction))
 
 
 def _plan(spec: Experiment, folder: Path, console: Console) -> tuple[Resolved, str]:

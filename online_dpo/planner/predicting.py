@@ -13,8 +13,10 @@ from online_dpo.planner.memory import LearnerMemory, decoding_bytes
 from online_dpo.planner.observed import Observed, observe, passes_of
 from online_dpo.planner.paper import Hardware, PaperSpeeds
 from online_dpo.planner.prediction import Place, Prediction, ProcessNeed, predict_arms
+from online_dpo.planner.rehearsal import rehearse
 from online_dpo.planner.shape import ModelShape, shape_of
 from online_dpo.planner.work import Rates, round_work
+from online_dpo.protocols import Progress
 from online_dpo.runs import Resolved
 from online_dpo.store import RunStore
 
@@ -76,6 +78,28 @@ def like_run(resolved: Resolved, engine: str, run: Path) -> Prediction:
         what = "an adapter" if store.experiment.lora else "all weights"
         said.append(f"that run trained {what}, this one does not: its training takes another time")
     return measured(resolved, found, needs_by_formula(resolved, engine), said)
+
+
+def by_rehearsal(resolved: Resolved, engine: str, progress: Progress) -> Prediction:
+    """By a short real run here. Raises what a run raises."""
+    experiment = resolved.experiment
+    shape = shape_of(resolved.model.path)
+    found = rehearse(resolved, engine, progress)
+    arm = experiment.run_order()[0]
+    said = [f"rehearsed here, with arm {arm} sampling from its current policy; another load takes another time"]
+    if experiment.sft is not None:
+        said.append("not counted: the stage sft")
+    unit = round_work(experiment, arm, 1, found.observed.rates).unit_tokens
+    # The rehearsal's steps were smaller where the experiment's are large.
+    most = experiment.learner.tokens_per_pass or CPU_TOKENS_PER_PASS
+    passes = [min(most, round(size * unit)) for size in (experiment.arm(arm).dpo.batch_size, found.batch)]
+    more = [learner_memory(experiment, shape, max(1, tokens)).activations for tokens in passes]
+    held = {name: float(peak) for name, peak in found.peaks.items()}
+    if "learner" in held:
+        held["learner"] += more[0] - more[1]
+    counts = {"engine": experiment.cluster.engines, "learner": experiment.learner.workers}
+    needs = [ProcessNeed(name, counts.get(name, 1), peak) for name, peak in held.items()]
+    return measured(resolved, found.observed, needs, said, found.start_s)
 
 
 def measured(

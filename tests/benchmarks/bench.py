@@ -16,6 +16,7 @@ from pathlib import Path
 
 import handover
 import on_policy_round
+import planner
 import sampling
 import step
 import texts
@@ -29,6 +30,7 @@ FIGURES: dict[str, Callable[[argparse.Namespace, Report], None]] = {
     "handover": handover.run,
     "sampling": sampling.run,
     "round": on_policy_round.run,
+    "planner": planner.run,
 }
 SMALL = {
     "prompts": "40,natural",
@@ -39,6 +41,7 @@ SMALL = {
     "questions": 8,
     "requests": 4,
     "new_tokens": 16,
+    "planner_prompts": 8,
 }
 """What `--small` sets."""
 
@@ -50,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each side, after one that warms up")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--small", action="store_true", help="try the code on a very small model")
-    for module in (step, vocabulary, handover, sampling, on_policy_round):
+    for module in (step, vocabulary, handover, sampling, on_policy_round, planner):
         module.add_arguments(parser)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.figures if name not in FIGURES]
