@@ -112,6 +112,12 @@ def test_loss_modifiers_import_torch_and_losses_alone() -> None:
     assert all(belongs(module, "torch", "online_dpo.losses") for module in others), others
 
 
+@pytest.mark.parametrize("file", sorted((CORE / "planner").glob("*.py")), ids=lambda file: file.name)
+def test_the_planner_knows_no_backend(file: Path) -> None:
+    """It reads configurations and records; what runs in a rehearsal comes through `runs`, as in a run."""
+    assert not any(belongs(module, BACKEND, *HEAVY) for module in modules(file))
+
+
 @pytest.mark.parametrize("name", ["objective", "custom_loss"])
 def test_the_objective_knows_no_backend(name: str) -> None:
     found = modules(CORE / f"{name}.py")
