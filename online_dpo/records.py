@@ -249,9 +249,12 @@ def _prompt_table(split: Split, prompts: Sequence[Prompt]) -> pa.Table:
 def read_prompts(path: Path) -> dict[Split, tuple[Prompt, ...]]:
     """The prompts of `path` by split, in the file's order."""
     groups: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
+    shared: dict[int, int] = {}
     for row in each_row(path, PROMPTS):
         messages = tuple(Message(**message) for message in json.loads(row["messages"]))
-        groups[row["split"]].append(Prompt(row["id"], messages, row["token_ids"]))
+        # One object for each token, however many prompts have it: they are most of what a million prompts take.
+        token_ids = tuple(map(shared.setdefault, row["token_ids"], row["token_ids"]))
+        groups[row["split"]].append(Prompt(row["id"], messages, token_ids))
     return {split: tuple(group) for split, group in groups.items()}
 
 
