@@ -41,11 +41,11 @@ def finished(*arguments: str, change: Change = lambda root: None) -> Callable[[P
     return arrange
 
 
-def halfway(*arguments: str, change: Change = lambda root: None) -> Callable[[Path], list[str]]:
-    """The same beside a run that was stopped behind its first round."""
+def unclosed(*arguments: str, change: Change = lambda root: None) -> Callable[[Path], list[str]]:
+    """The same beside a run that was stopped before it closed its second round."""
 
     def stopped(root: Path) -> None:
-        shutil.rmtree(round_of(root, 2))
+        (round_of(root, 2) / "metrics.json").unlink()
         change(root)
 
     return finished(*arguments, change=stopped)

@@ -7,11 +7,12 @@ import hashlib
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -24,8 +25,8 @@ LONGEST = 600
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal or a reader's eye obeys."""
 PROGRAM = "from online_dpo.cli import main; main()"
-SECONDS = 120
-"""A command that takes longer in a process of its own hangs."""
+SECONDS = 300
+"""A command that takes longer hangs."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,23 @@ def _main() -> int:
 
 
 def in_subprocess(arguments: Sequence[str], folder: Path) -> Ended:
-    """The program in a process of its own, in `folder`."""
-    done = subprocess.run(
+    """The program in a process of its own, in `folder`; one that hangs is ended, with all that it started."""
+    process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
-        timeout=SECONDS,
-        check=False,
+        start_new_session=True,
     )
-    return Ended(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        err += f"\nhung for {SECONDS} seconds".encode()
+    return Ended(process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
 
 
 def _stream(errors: str) -> TextIOWrapper:
@@ -230,14 +237,30 @@ def _kind(path: Path) -> str:
     if path.is_symlink():
         return f"link to {os.readlink(path)}"
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(_rows(path) or path.read_bytes()).hexdigest()
     return "folder" if path.is_dir() else "neither file nor folder"
 
 
+def _rows(path: Path) -> bytes:
+    """What a database's tables hold: opening one may change its bytes. Empty for what is none."""
+    if path.suffix != ".sqlite":
+        return b""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?immutable=1", uri=True)) as base:
+            return "\n".join(base.iterdump()).encode()
+    except sqlite3.Error:
+        return b""
+
+
 def _lost(before: dict[str, str], after: dict[str, str], *, new_may_be: bool) -> list[str]:
-    """What was there and is not as it was; without `new_may_be` also what was left behind, but for a run's lock."""
+    """What was there and is not as it was; without `new_may_be` also what was left behind, but for a run's lock.
+
+    With it a cache of verdicts may have grown.
+    """
     wrong = [
-        f"{name!r} was {'changed' if name in after else 'lost'}" for name in before if after.get(name) != before[name]
+        f"{name!r} was {'changed' if name in after else 'lost'}"
+        for name in before
+        if after.get(name) != before[name] and not (new_may_be and name in after and name.endswith(".sqlite"))
     ]
     if not new_may_be:
         new = [name for name in after if name not in before]
