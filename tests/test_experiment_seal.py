@@ -104,7 +104,8 @@ def test_a_plan_of_another_form_is_one_line(place: tuple[str, ...]) -> None:
     check_pinned(PINNED, Path("round.json"))
     averaged = {"averaged_for_round": 2, "id": "a", "digest": "0"}
     check_pinned({**PINNED, "reference": averaged}, Path("round.json"))
-    for value in (None, {}, "x" if place[-1] not in ("id", "digest") else 7, -1):
+    values: tuple[Any, ...] = (None, {}, "x" if place[-1] not in ("id", "digest") else 7, -1)
+    for value in values:
         with pytest.raises(RunFolderError, match=rf"^round\.json is damaged: '{place[0]}'"):
             check_pinned(changed(PINNED, place, value), Path("round.json"))
 
