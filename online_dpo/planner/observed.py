@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -48,15 +48,15 @@ class Observed:
         self.round_bytes += other.round_bytes
 
 
-def observe(store: RunStore, *, first_round: int = 1) -> Observed:
-    """What the run in `store` took, stage by stage, from round `first_round` on. Stages taken over from another arm
-    took no time."""
+def observe(store: RunStore, *, first_round: int = 1, seeds: Sequence[int] | None = None) -> Observed:
+    """What the run in `store` took, stage by stage, from round `first_round` on, at all seeds or `seeds`. Stages taken
+    over from another arm took no time."""
     experiment = store.experiment
     found = Observed()
     prompts = read_prompts(store.root / "prompts.parquet")
     found.prompt = mean(len(prompt.token_ids) for prompt in prompts["train"])
     for name in experiment.arms:
-        for seed in experiment.seeds:
+        for seed in experiment.seeds if seeds is None else seeds:
             for index in range(experiment.arm(name).rounds + 1):
                 folder = store.round(name, seed, index)
                 if folder.closed and (index == 0 or index >= first_round):

@@ -5,6 +5,9 @@ Each run rehearses, then really runs the same experiment through the command lin
 runs are printed too: on a machine that does something else besides they say how far apart two equal runs are. Peak
 memory is the largest that engine, learner and driver reached.
 
+`--planner-like RUN` runs nothing: the first seed of a finished run predicts each stage of the others, as `check --like`
+would.
+
 stories260k (transformers engine) where `../shared/data` has it, and `--model` (vLLM where it is installed).
 """
 
@@ -30,10 +33,13 @@ from turns import ROOT
 from online_dpo.backends.factory import choose_engine
 from online_dpo.config import load_experiment
 from online_dpo.display.progress import QuietProgress
+from online_dpo.planner.measured import fit_all
+from online_dpo.planner.observed import observe
 from online_dpo.planner.predicting import by_rehearsal
 from online_dpo.planner.processes import peaks
 from online_dpo.planner.work import INITIAL, STAGES
 from online_dpo.runs import resolve
+from online_dpo.store import RunStore
 
 WORTH_SECONDS = 0.2
 """A stage that takes less, both ways, has no ratio: it is clock and file system."""
@@ -59,11 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this figure beside `--model` and `--runs`."""
     parser.add_argument("--planner-rounds", type=int, default=2, help="rounds of the experiment that is predicted")
     parser.add_argument("--planner-prompts", type=int, default=32, help="prompts a round, with --model")
+    parser.add_argument("--planner-like", type=Path, metavar="RUN", help="a finished run of several seeds")
     parser.add_argument("--planner-only", choices=("stories260k", "model"), help="one of the two models")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Each model's experiment in turn. Prints its own lines: a ratio here is not how many times better ours is."""
+    if options.planner_like is not None:
+        across_seeds(options.planner_like)
+        return
     stories = SHARED / "models" / "stories260k"
     with tempfile.TemporaryDirectory() as place:
         if options.planner_only != "model" and stories.is_dir():
@@ -74,6 +84,25 @@ def run(options: argparse.Namespace, report: Report) -> None:
             prompts = options.planner_prompts
             file = write_experiment(Path(place), "model", options.model, prompts, options.planner_rounds, {})
             say(Path(options.model).name, *measure(file, options.runs))
+
+
+def across_seeds(run: Path) -> None:
+    """How near the lines of the first seed's stages are to those of the others: one JSON line a stage."""
+    store = RunStore.open(run)
+    first, *others = store.experiment.seeds
+    lines = fit_all(observe(store, seeds=[first]).points)
+    for stage, points in observe(store, seeds=others).points.items():
+        known = [(lines[stage].at(units), seconds) for units, seconds in points if units and stage in lines]
+        ratios = [seconds / said for said, seconds in known if said > 0]
+        if ratios:
+            figure = {
+                "figure": f"planner: {store.experiment.name}, {stage}, the other seeds by the first",
+                "happened/predicted": float(f"{statistics.median(ratios):.3g}"),
+                "of the sum": float(f"{sum(y for _, y in known) / sum(x for x, _ in known):.3g}"),
+                "median seconds": float(f"{statistics.median(y for _, y in known):.3g}"),
+                "stages": len(ratios),
+            }
+            print(json.dumps(figure), flush=True)
 
 
 def write_experiment(place: Path, name: str, model: str, prompts: int, rounds: int, engine: dict[str, Any]) -> Path:
