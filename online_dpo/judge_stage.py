@@ -127,9 +127,8 @@ def _audit_sample(arm: Arm, folder: RoundFolder, prompts: Sequence[Prompt]) -> l
         key=lambda prompt: derive_seed(arm.seed, "audit", folder.index, prompt.id),
     )
     own: dict[str, list[Candidate]] = {prompt.id: [] for prompt in drawn}
-    for candidate in each_candidate(folder.path / "candidates.parquet"):
-        if candidate.prompt_id in own:
-            own[candidate.prompt_id].append(candidate)
+    for candidate in each_candidate(folder.path / "candidates.parquet", of=own):
+        own[candidate.prompt_id].append(candidate)
     return [(prompt, own[prompt.id]) for prompt in drawn if own[prompt.id]]
 
 

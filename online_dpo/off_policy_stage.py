@@ -77,7 +77,7 @@ def _drawn(arm: Arm, folder: RoundFolder, prompts: Sequence[Prompt], most: int) 
     return read_pairs(
         folder.path / "pairs.parquet",
         {prompt.id: prompt for prompt in prompts if prompt.id in of_pairs},
-        each_candidate(folder.path / "candidates.parquet"),
+        each_candidate(folder.path / "candidates.parquet", of=of_pairs),
         only={place for place, _ in drawn},
     )
 

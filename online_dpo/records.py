@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from online_dpo.tables import TableReader, TableWriter, column_values, each_row, read_rows, write_rows
 from online_dpo.types import Abstain, Candidate, Message, Pair, Prompt, Split, Verdict
@@ -97,11 +98,13 @@ def read_candidates(path: Path) -> list[Candidate]:
     return list(each_candidate(path))
 
 
-def each_candidate(path: Path) -> Iterator[Candidate]:
-    """As `read_candidates`, one after another."""
+def each_candidate(path: Path, of: Collection[str] | None = None) -> Iterator[Candidate]:
+    """As `read_candidates`, one after another; those `of` these prompts alone (their ids; None: all)."""
+    wanted = None if of is None else pa.array(list(of), pa.string())
     with TableReader(path, CANDIDATES) as file:
         for batch in file.batches():
-            yield from candidates_of(batch)
+            # Before they are made: a row costs more to make than to read.
+            yield from candidates_of(batch if wanted is None else batch.filter(pc.is_in(batch["prompt_id"], wanted)))
 
 
 def candidates_of(table: pa.Table | pa.RecordBatch) -> list[Candidate]:

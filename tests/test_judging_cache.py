@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ def test_each_thing_that_a_judge_may_go_by_is_part_of_the_key() -> None:
     assert answer_key("judge", p, same) in keys, "the same answer sampled again is asked once"
 
 
+def test_a_prompts_answers_lie_side_by_side_whoever_else_is_asked() -> None:
+    """Keys in their order: no other prompt's, and no other judge's, between two of one prompt's."""
+    asked = [(judge, name) for judge in ("judge", "other judge") for name in map(str, range(50))]
+    keys = sorted(
+        (answer_key(judge, prompt(name), [answer(name, index, f"answer {index}")]), judge, name)
+        for judge, name in asked
+        for index in range(4)
+    )
+    met = [(judge, name) for _, judge, name in keys]
+    assert sum(one != other for one, other in pairwise(met)) == len(asked) - 1
+
+
 # --- the file ---
 
 
@@ -190,7 +203,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version=99")
     connection.close()
-    with pytest.raises(RunFolderError, match="has cache format 99, this version reads format 1"):
+    with pytest.raises(RunFolderError, match="has cache format 99, this version reads format 2"):
         VerdictCache(path)
 
 

@@ -41,6 +41,7 @@ class KeptLength(LengthJudge):
 
     cached: ClassVar[bool] = True
     each_alone = True
+    batch_prompts = 64
 
 
 class Rows:

@@ -54,7 +54,7 @@ def fill(path: Path, rows: int) -> None:
         for start in range(0, rows, FILL):
             part = [
                 (
-                    answer_key(DIGEST, *question(asked[place])) if place in asked else place.to_bytes(32, "little"),
+                    answer_key(DIGEST, *question(asked[place])) if place in asked else place.to_bytes(40, "little"),
                     [Opinion(float(place), {"length": 50.0})] * CANDIDATES,
                 )
                 for place in range(start, min(start + FILL, rows))
