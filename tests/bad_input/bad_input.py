@@ -87,6 +87,7 @@ def outcomes(options: argparse.Namespace) -> Iterator[Outcome]:
         gc.freeze()  # what is left are modules: looking through them after each case takes longer than the case
         yield outcome
     faulthandler.cancel_dump_traceback_later()
+    gc.unfreeze()  # libraries count what is left at the end, and would say so below the last line
 
 
 def say(outcome: Outcome, show: bool) -> None:
