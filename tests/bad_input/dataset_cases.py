@@ -265,7 +265,7 @@ CASES: tuple[Case, ...] = (
         file("pairs.jsonl", json.dumps(PAIRS[0]).encode() + b'\n{"prompt": "a", "cho'),
         r"pairs\.jsonl cannot be read",
     ),
-    Case("dataset: not text", file("pairs.jsonl", bytes(range(256))), r"pairs\.jsonl is not UTF-8 \(line 1\)"),
+    Case("dataset: not text", file("pairs.jsonl", bytes(range(256))), r"pairs\.jsonl is not UTF-8 \(line 2\)"),
     Case("dataset: parquet that is none", file("pairs.parquet", b"PAR1 not really"), r"pairs\.parquet cannot be read"),
     Case("dataset: parquet of no bytes", file("pairs.parquet", b""), r"pairs\.parquet is empty"),
     Case("dataset: gzip that is none", file("pairs.jsonl.gz", b"not gzip"), r"pairs\.jsonl\.gz cannot be read"),
