@@ -164,7 +164,7 @@ def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     """The values of a column; lists of numbers as tuples."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    if not pa.types.is_list(column.type) or column.null_count:
+    if not pa.types.is_list(column.type) or column.null_count or column.flatten().null_count:
         values: list[Any] = column.to_pylist()
         return [tuple(value) if isinstance(value, list) else value for value in values]
     # Arrow makes an object for every number of a list; numpy makes all numbers at once.

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import growth
 import handover
 import on_policy_round
 import planner
@@ -31,6 +32,7 @@ FIGURES: dict[str, Callable[[argparse.Namespace, Report], None]] = {
     "sampling": sampling.run,
     "round": on_policy_round.run,
     "planner": planner.run,
+    "growth": growth.run,
 }
 SMALL = {
     "prompts": "40,natural",
@@ -42,6 +44,7 @@ SMALL = {
     "requests": 4,
     "new_tokens": 16,
     "planner_prompts": 8,
+    "most": 100,
 }
 """What `--small` sets."""
 
@@ -53,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each side, after one that warms up")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--small", action="store_true", help="try the code on a very small model")
-    for module in (step, vocabulary, handover, sampling, on_policy_round, planner):
+    for module in (step, vocabulary, handover, sampling, on_policy_round, planner, growth):
         module.add_arguments(parser)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.figures if name not in FIGURES]

@@ -1,8 +1,9 @@
 """One round of any size without a language model: rows as an engine makes them, in a real run folder.
 
 `python tests/benchmarks/growth_round.py PROMPTS FOLDER` does it and prints what it took as one JSON line. Everything
-that a real round does but training: pinned, sampled, judged through the verdict cache, paired, measured, and read again
-as a resumed run reads it.
+that a real round does but training: pinned, sampled, judged through the verdict cache, paired, measured. Then the
+judge's stage is taken away and the round is done again, as one that was killed before the stage was recorded: its
+verdicts are found in the cache, and all other files are read and held against their digests.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -115,25 +117,40 @@ class RowLearner:
     def rest(self) -> None: ...
 
 
-class Silent:
-    """`protocols.Progress` that nobody watches."""
+class Tenths:
+    """`protocols.Progress` that nobody watches: the CPU seconds that each tenth of a stage's answers took."""
 
-    def start(self, label: str, total: int, unit: str) -> None: ...
+    def __init__(self) -> None:
+        self.took: dict[str, list[float]] = {}
+        self._stage, self._total, self._done, self._began = "", 0, 0, 0.0
 
-    def advance(self, amount: int, note: str = "") -> None: ...
+    def start(self, label: str, total: int, unit: str) -> None:
+        self._stage, self._total, self._done = label.rpartition(" ")[2], total, 0
+        self.took[self._stage] = []
+        self._began = time.process_time()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._done += amount
+        own = self.took[self._stage]
+        if self._done * 10 >= self._total * (len(own) + 1):
+            now = time.process_time()
+            own.append(now - self._began)
+            self._began = now
 
     def finish(self) -> None: ...
 
     def say(self, line: str) -> None: ...
 
-    def beside(self) -> Silent:
+    def beside(self) -> Tenths:
         return self
 
 
 class TimedFolder(RoundFolder):
     """A round's folder that keeps what each stage took: wall and CPU seconds."""
 
-    took: dict[str, tuple[float, float]]
+    def __init__(self, run: RunStore, path: Path, index: int) -> None:
+        super().__init__(run, path, index)
+        self.clock = Clock()
 
     def stage(
         self,
@@ -142,11 +159,11 @@ class TimedFolder(RoundFolder):
         outputs: Sequence[str],
         produce: Callable[[Path], Mapping[str, Any]],
     ) -> StageRecord:
-        began = time.perf_counter(), time.process_time()
+        self.clock.lap("between")
         try:
             return super().stage(name, inputs, outputs, produce)
         finally:
-            self.took[name] = (time.perf_counter() - began[0], time.process_time() - began[1])
+            self.clock.lap(name)
 
 
 def settings(prompts: int) -> dict[str, Any]:
@@ -162,63 +179,76 @@ def settings(prompts: int) -> dict[str, Any]:
     }
 
 
-def do_round(arm: Arm, folder: TimedFolder) -> dict[str, StageRecord]:
+@dataclass(frozen=True)
+class Done:
+    """A round that was gone through: its folder, its stages, and what they took."""
+
+    folder: RoundFolder
+    records: dict[str, StageRecord]
+    clock: Clock
+    tenths: dict[str, list[float]]
+
+
+def do_round(store: RunStore, rows: Rows, train: tuple[Prompt, ...], cache: VerdictCache) -> Done:
     """All but training; a stage that is done is held against its digests, as in a resumed run."""
-    policy = arm.run.initial
+    learner: Learner = RowLearner()  # type: ignore[assignment]
+    initial, progress = Policy("initial", store.root / "initial", "initial"), Tenths()
+    run = Run(store, store.experiment, initial, train, train[:1], RowEngine(rows), learner, progress, cache=cache)
+    arm = Arm(run, "on_policy", 0, store.experiment.arm("on_policy"))
+    folder = TimedFolder(store, arm.folder(1).path, 1)
     pinned = pin(folder, arm.policies, arm.settings, round_prompts(arm, folder.index))
     data = gather(arm, folder, pinned)
-    end = Policy("trained", policy.path, "trained")
-    off_policy = score_off_policy(arm, folder, pinned, data, end)
+    off_policy = score_off_policy(arm, folder, pinned, data, Policy("trained", initial.path, "trained"))
     assert off_policy is not None
-    return {record.stage: record for record in (data.sample, data.judge, data.pair, off_policy)}
+    records = {record.stage: record for record in (data.sample, data.judge, data.pair, off_policy)}
+    return Done(folder, records, folder.clock, progress.took)
 
 
 def measure(prompts: int, root: Path) -> dict[str, Any]:
     """Seconds, bytes and memory of a round of `prompts` prompts in this process."""
     rows = Rows()
     base = memory()[0]
-    clock = Clock()
-    write_prompts(
-        root / "prompts.parquet", {"train": [rows.prompt(number) for number in range(prompts)], "held_out": []}
-    )
-    train = read_prompts(root / "prompts.parquet")["train"]
-    clock.lap("prompts")
+    train, clock = keep_prompts(rows, prompts, root / "prompts.parquet")
     gc.collect()
     held = memory()[0] - base
     reset_peak()
-    experiment = validate_experiment(settings(prompts), "growth")
-    initial = Policy("initial", root / "initial", "initial")
     (root / "run").mkdir()
-    store = RunStore.create(root / "run", experiment, {})
-    learner: Learner = RowLearner()  # type: ignore[assignment]
-    took: dict[str, dict[str, tuple[float, float]]] = {"first": {}, "again": {}}
+    store = RunStore.create(root / "run", validate_experiment(settings(prompts), "growth"), {})
     with VerdictCache(root / "run" / "verdicts.sqlite") as cache:
-        for turn, own in took.items():
-            run = Run(store, experiment, initial, train, train[:1], RowEngine(rows), learner, Silent(), cache=cache)
-            arm = Arm(run, "on_policy", 0, experiment.arm("on_policy"))
-            place = arm.folder(1)
-            folder = TimedFolder(store, place.path, 1)
-            folder.took = own
-            records = do_round(arm, folder)
-            clock.lap(turn)
-            store = RunStore.open(root / "run")
+        first = do_round(store, rows, train, cache)
+        take_judging_away(first.folder)
+        again = do_round(RunStore.open(root / "run"), rows, train, cache)
+    judged = again.records["judge"].info["ledger"]
+    assert judged == {"asked": 0, "cached": prompts * CANDIDATES}, judged
+    found = again.clock.laps.pop("judge")
     return {
         "prompts": prompts,
-        "rows": records["sample"].info["candidates"],
-        "pairs": records["pair"].info["kept"],
-        "seconds": {
-            "prompts": clock.laps["prompts"],
-            **took["first"],
-            "all": clock.laps["first"],
-            "again": clock.laps["again"],
-        },
+        "rows": first.records["sample"].info["candidates"],
+        "pairs": first.records["pair"].info["kept"],
+        "seconds": {**clock.laps, **first.clock.laps, "found": found, "verify": again.clock.total()},
+        "tenths": {**first.tenths, "found": again.tenths["judge"]},
         "mib": {"base": base, "prompts": held, "round": memory()[1] - base - held},
-        "bytes": {path.name: path.stat().st_size for path in [*folder.path.glob("*.parquet"), cache.path]},
+        "bytes": {path.name: path.stat().st_size for path in [*first.folder.path.glob("*.parquet"), cache.path]},
     }
 
 
+def keep_prompts(rows: Rows, prompts: int, path: Path) -> tuple[tuple[Prompt, ...], Clock]:
+    """The prompts as a run has them, written and read again."""
+    clock = Clock()
+    write_prompts(path, {"train": [rows.prompt(number) for number in range(prompts)], "held_out": []})
+    train = read_prompts(path)["train"]
+    clock.lap("prompts")
+    return train, clock
+
+
+def take_judging_away(folder: RoundFolder) -> None:
+    """Leave the round as it is when a process is killed before the stage is recorded."""
+    for path in (folder.path / "stages" / "judge.json", folder.path / "verdicts.parquet"):
+        path.unlink()
+
+
 class Clock:
-    """Wall and CPU seconds between laps."""
+    """Wall and CPU seconds between laps, added up by name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, tuple[float, float]] = {}
@@ -226,8 +256,14 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter(), time.process_time()
-        self.laps[name] = (now[0] - self._began[0], now[1] - self._began[1])
+        wall, cpu = self.laps.get(name, (0.0, 0.0))
+        self.laps[name] = (wall + now[0] - self._began[0], cpu + now[1] - self._began[1])
         self._began = now
+
+    def total(self) -> tuple[float, float]:
+        """The sum of all laps."""
+        walls, cpus = zip(*self.laps.values(), strict=True)
+        return sum(walls), sum(cpus)
 
 
 def memory() -> tuple[float, float]:
