@@ -49,17 +49,18 @@ class KeptLength(LengthJudge):
 class Rows:
     """Texts, tokens and log-probs that follow from a number, as long and as unlike as real ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: int = POOL) -> None:
         drawn = random.Random(0)
-        self.tokens = array("i", [drawn.randrange(VOCABULARY) for _ in range(POOL)])
-        self.logprobs = array("f", [-drawn.expovariate(1.0) for _ in range(POOL)])
+        self.pool = pool
+        self.tokens = array("i", [drawn.randrange(VOCABULARY) for _ in range(pool)])
+        self.logprobs = array("f", [-drawn.expovariate(1.0) for _ in range(pool)])
         words = ["".join(drawn.choices("etaoinshrdlu", k=drawn.randint(2, 7))) for _ in range(5000)]
-        self.words = [drawn.choice(words) for _ in range(POOL)]
+        self.words = [drawn.choice(words) for _ in range(pool)]
 
     def place(self, number: int) -> tuple[int, int]:
         """Where row `number` begins, and its length in tokens."""
         mixed = number * 2654435761 + 40503
-        return mixed % (POOL - LONGEST), SHORTEST + (mixed >> 21) % (LONGEST - SHORTEST + 1)
+        return mixed % (self.pool - LONGEST), SHORTEST + (mixed >> 21) % (LONGEST - SHORTEST + 1)
 
     def prompt(self, number: int) -> Prompt:
         first, length = self.place(-number - 1)
