@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
+from fakes import FakeEngine
 from test_cli import Desk, desk, one_line
 from test_planner import LLAMA_7B
 
@@ -15,6 +18,7 @@ from online_dpo.planner.observed import observe
 from online_dpo.planner.processes import peaks
 from online_dpo.planner.rehearsal import Size, sizes
 from online_dpo.store import RunStore
+from online_dpo.types import Policy
 
 __all__ = ["desk"]
 
@@ -35,6 +39,25 @@ def test_a_rehearsal_predicts_and_leaves_nothing(desk: Desk, tmp_path: Path, mon
     assert not list(place.glob("online-dpo*"))
     assert not desk.root.exists()
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
+
+
+def test_told_to_leave_a_rehearsal_takes_its_folder_along(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM from a scheduler while the engine samples."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders: list[int] = []
+
+    class Told(FakeEngine):
+        def load(self, policy: Policy) -> float:
+            folders.append(len(list(tmp_path.glob("online-dpo-rehearsal-*"))))
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().load(policy)
+
+    desk.engine = Told
+    assert desk("check", desk.file, "--predict").exit_code == 143
+    assert folders == [1]
+    assert not list(tmp_path.glob("online-dpo-rehearsal-*"))
 
 
 def test_a_finished_run_predicts(desk: Desk) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +14,9 @@ import typer
 from online_dpo.commands.common import Debug, Quiet, errors_in_one_line, reading, tell_own_code
 from online_dpo.config import Experiment, load_experiment
 from online_dpo.errors import ConfigError
+
+TERMINATED = 128 + signal.SIGTERM
+"""The exit status that shells give to what SIGTERM ended."""
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,10 +86,24 @@ def _rehearsed(resolved: Resolved, engine: str, quiet: bool) -> None:
     from online_dpo.planner.rehearsal import described
 
     shown = make_console(stderr=True)
-    with make_progress(quiet, shown) as progress:
+    with _sigterm_unwinds(), make_progress(quiet, shown) as progress:
         progress.say(described(resolved, engine))
         prediction = by_rehearsal(resolved, engine, progress)
     make_console().print(prediction_tables(prediction))
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does: the rehearsal's folder, which holds weights, goes with it."""
+
+    def leave(*_: object) -> None:
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _plan(spec: Experiment, folder: Path, console: Console) -> tuple[Resolved, str]:
