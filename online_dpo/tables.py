@@ -20,6 +20,8 @@ GROUP = 32_768
 """Rows of a row group. Cut by number alone: a file's bytes do not depend on the parts that it was written in."""
 READ = 8192
 """Rows that are decoded at once."""
+BUFFER = 1 << 18
+"""Bytes of a column that are read at once."""
 
 
 class TableWriter:
@@ -66,7 +68,8 @@ class TableReader:
         self.path = path
         self.columns = [name for name in schema.names if columns is None or name in columns]
         with self._named():
-            self._file = pq.ParquetFile(path)
+            # Buffered ahead, every row group that was read would stay until the file is closed.
+            self._file = pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
         check_schema(path, self._file.schema_arrow, schema)
         self._batches = self._file.iter_batches(READ, columns=self.columns)
         self._rest: list[pa.RecordBatch] = []

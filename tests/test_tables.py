@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -88,6 +89,22 @@ def test_only_the_rows_at_these_places_stay(folder: Path, whole: list[dict[str, 
     keep_rows(folder / "kept", SCHEMA, places)
     assert read_rows(folder / "kept", SCHEMA) == [whole[place] for place in places]
     assert not (folder / "kept.all").exists()
+
+
+def test_what_a_reader_holds_does_not_grow_with_the_file(folder: Path) -> None:
+    """Texts that hardly can be compressed, 7 kB a row group."""
+    random = Random(0)
+    held = []
+    for groups in (2, 40):
+        whole = [{"name": random.randbytes(GROUP * 1000).hex(), "tokens": (), "score": None} for _ in range(groups)]
+        with TableWriter(folder / "long", SCHEMA) as file:
+            for row in whole:
+                file.add(pa.Table.from_pylist([row] + [{**row, "name": ""}] * (GROUP - 1), schema=SCHEMA))
+        del whole
+        before = pa.total_allocated_bytes()
+        with TableReader(folder / "long", SCHEMA) as reader:
+            held.append(max(pa.total_allocated_bytes() - before for _ in reader.batches()))
+    assert held[1] < 1.5 * held[0]
 
 
 def test_a_file_that_was_cut_off_is_named_wherever_it_is_read(folder: Path) -> None:
