@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from word_model import run_words
 
 from online_dpo.cli import app
+from online_dpo.experiment_seal import sealed
 
 TEXTS = (
     "<script>window.hacked = 1</script>",
@@ -86,10 +87,10 @@ def round_of(root: Path, index: int = 1) -> Path:
 
 
 def edited_yaml(root: Path, **changes: Any) -> None:
-    """Change keys of the run's experiment.yaml, which no digest holds."""
+    """Change keys of the run's experiment.yaml, with the digest that whoever made the folder would write below."""
     file = root / "experiment.yaml"
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    file.write_text(yaml.safe_dump(data | changes, allow_unicode=True), encoding="utf-8")
+    file.write_text(sealed(yaml.safe_dump(data | changes, allow_unicode=True)), encoding="utf-8")
 
 
 def edited_json(file: Path, change: dict[str, Any]) -> None:

@@ -47,7 +47,10 @@ def judged(root: Path, lines: str, kept: int, calls: float) -> Path:
         ("abcbd", 4, 4, [], "1 answers were asked again, 0 were under way at kills"),
         ("abc", 3, 4, [], "3 answers were judged and 3 kept, of 4"),
         ("abcd", 3, 4, [], "4 answers were judged and 3 kept, of 4"),
-        ("abcd", 4, 5, [], "the ledger counts 5 calls, not 4"),
+        ("abcbd", 4, 5, [(3, 1)], ""),  # the call that the kill cut off was paid for, and so was its repetition
+        ("abcbd", 4, 6, [(3, 1)], "the ledger counts 2 calls more, 1 were asked again"),
+        ("abcd", 4, 5, [], "the ledger counts 1 calls more, 0 were asked again"),
+        ("abcd", 4, 3, [], "the ledger counts -1 calls more, 0 were asked again"),
         ("abcd", 4, 4, [(2, 3)], "kill 1 lost -1 answers"),
     ],
 )

@@ -133,7 +133,7 @@ def experiment(**changes: Any) -> Experiment:
 def test_where_a_run_is_may_change_within_it() -> None:
     """From a laptop to a cluster and back."""
     far = {"address": "10.0.0.1:6379", "engines": 4, "strategy": "spread", "wait_s": 5, "copy_weights": True}
-    far |= {"judge_while_sampling": False, "lanes": 2}
+    far |= {"judge_while_sampling": False, "sample_while_evaluating": True, "lanes": 2}
     there = experiment(cluster=far)
     assert changed_keys(experiment(), there) == []
     assert set(there.cluster.model_dump()) == set(far)
