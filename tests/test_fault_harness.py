@@ -58,7 +58,7 @@ def test_what_counts_as_judged_twice(
     ground: ModuleType, tmp_path: Path, lines: str, kept: int, calls: float, kills: list[tuple[int, int]], said: str
 ) -> None:
     root = judged(tmp_path / "x" / "runs" / "run", lines, kept, calls)
-    reference = ground.Reference(root, {}, list("abcd"), 4.0, 1.0)
+    reference = ground.Reference(root, {}, list("abcd"), 4.0, 1.0, [])
     assert ground.paid_twice(root, reference, kills) == said
 
 
@@ -69,7 +69,7 @@ def test_what_counts_as_another_result(ground: ModuleType, tmp_path: Path) -> No
         (root / "arms").mkdir()
         (root / "arms" / "pairs.parquet").write_text("pairs")
         (root / "arms" / "metrics.json").write_text(json.dumps({"reward": 1.0, "seconds": {"sample": len(root.name)}}))
-    whole = ground.Reference(roots[0], ground.results(roots[0]), [], 0.0, 1.0)
+    whole = ground.Reference(roots[0], ground.results(roots[0]), [], 0.0, 1.0, [])
     made = ground.Ground(tmp_path, tmp_path, argparse.Namespace())
     (roots[1] / "arms" / "metrics.json").write_text(json.dumps({"reward": 1.0, "seconds": {"sample": 99}}))
     assert made.same(roots[1], whole) == ""

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,19 @@ class Outcome:
     seen: str
 
 
+@dataclass(frozen=True)
+class Computed:
+    """A stage of a round: the folder that it is computed in, below `arms`, and the seconds that it took."""
+
+    folder: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """As in `.NAME.tmp`."""
+        return self.folder.rpartition("/")[2][1 : -len(".tmp")]
+
+
 @dataclass
 class Reference:
     """The undisturbed run of a variant: what it computed, what its judge was asked, when it was at which stage."""
@@ -65,8 +78,8 @@ class Reference:
     asked: list[str]
     spent: float
     seconds: float
-    stages: dict[str, float] = field(default_factory=dict)
-    """Label -> seconds, in the order in which they came."""
+    computed: list[Computed]
+    """Its stages in the order in which they ended, but for those that were taken over from another arm."""
 
 
 class Ground:
@@ -98,7 +111,7 @@ class Ground:
         if variant not in self._references:
             folder, root = self.lay(changes)
             victim = Victim(folder, "run", "experiment.yaml", "--quiet")
-            self._references[variant] = _watched(victim, root)
+            self._references[variant] = _undisturbed(victim, root)
         return self._references[variant]
 
     def same(self, root: Path, reference: Reference, kills: list[tuple[int, int]] | None = None) -> str:
@@ -111,23 +124,30 @@ class Ground:
         return paid_twice(root, reference, kills or [])
 
 
-def _watched(victim: Victim, root: Path) -> Reference:
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    while not victim.ended:
-        label, now = victim.label(root), time.monotonic()
-        if label:
-            first.setdefault(label, now)
-            last[label] = now
-        time.sleep(0.002)
-    if victim.process.wait() != 0:
+def _undisturbed(victim: Victim, root: Path) -> Reference:
+    if victim.end() != 0:
         raise RuntimeError(f"the run that nobody disturbed failed: {victim.said()}")
     seconds = time.monotonic() - victim.began
     left, _ = victim.gone()
     if left:
         raise RuntimeError(f"the run that nobody disturbed left {left}")
-    stages = {label: last[label] - first[label] for label in first}
-    return Reference(root, results(root), asked(root), spent(root), seconds, stages)
+    return Reference(root, results(root), asked(root), spent(root), seconds, _computed(root / "arms"))
+
+
+def _computed(arms: Path) -> list[Computed]:
+    found = []
+    for file in sorted(arms.rglob("stages/*.json"), key=lambda file: file.stat().st_mtime_ns):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not record["reused_from"]:
+            folder = file.parents[1].relative_to(arms).as_posix()
+            found.append(Computed(f"{folder}/.{record['stage']}.tmp", record["seconds"]))
+    return found
+
+
+def under_way(root: Path) -> list[Computed]:
+    """Stages that were being computed when the run was killed."""
+    folders = sorted((root / "arms").glob("*/*/round_*/.*.tmp"))
+    return [Computed(folder.relative_to(root / "arms").as_posix(), 0.0) for folder in folders if folder.is_dir()]
 
 
 def results(root: Path) -> dict[str, Any]:

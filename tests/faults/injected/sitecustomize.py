@@ -1,8 +1,8 @@
 """Read by every Python that has this folder in PYTHONPATH, before anything else: does to it what the environment says.
 
 ONLINE_DPO_FAULTS_CLOCK: `time.time` jumps. ONLINE_DPO_FAULTS_ROWS=N: the transformers engine has memory for N sequences
-at once; for more, torch's own allocator is asked for more than any machine has. ONLINE_DPO_FAULTS_STOP=NAME: the
-process stops (SIGSTOP) once it has made a folder of that name, for the first time.
+at once; for more, torch's own allocator is asked for more than any machine has. ONLINE_DPO_FAULTS_STOP=PATH: the
+process stops (SIGSTOP) once it has made a folder whose path ends so, for the first time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def jump() -> None:
     time.time = lambda: real() + JUMPS_S[int(steady() / EVERY_S) % len(JUMPS_S)]
 
 
-def stop_at(name: str) -> None:
+def stop_at(end: str) -> None:
     """Whoever waits for it does its fault, and lets the process go on."""
     real = os.mkdir
 
     def mkdir(path: Any, *given: Any, **named: Any) -> None:
         real(path, *given, **named)
-        if os.path.basename(path) == name:
+        if os.path.abspath(path).endswith(f"/{end}"):
             os.mkdir = real
             os.kill(os.getpid(), signal.SIGSTOP)
 

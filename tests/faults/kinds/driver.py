@@ -1,10 +1,11 @@
 """kill -9 of the driver, again and again, then the run goes on to its end.
 
-Half of the moments are drawn uniformly over the seconds that the undisturbed run takes; half lie in a stage that is
-drawn uniformly over all its stages, as the run folder's progress.json tells them. Some runs are killed several times
-(`--chain`), each time in what goes on from the kill before. Compared, bit for bit: candidates, verdicts, pairs,
-policies, and figures but for how they came about (`ground.HOW`). The judge is asked nothing that its cache holds
-(`ground.paid_twice`). After each kill nothing of the run is left: no process, no shared memory, no port.
+Half of the moments are drawn uniformly over the seconds that the undisturbed run takes, its start included; half lie in
+a stage that is drawn uniformly over the names of stages, then over those of that name: the driver stops itself as the
+stage's folder is made, goes on for a drawn share of the seconds that the stage takes, and is killed. Some runs are
+killed several times (`--chain`), each time in what goes on from the kill before. Compared, bit for bit: candidates,
+verdicts, pairs, policies, and figures but for how they came about (`ground.HOW`). The judge is asked nothing that its
+cache holds (`ground.paid_twice`). After each kill nothing of the run is left: no process, no shared memory, no port.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from ground import Ground, Outcome, Reference, at_kill
+from ground import Computed, Ground, Outcome, Reference, at_kill, injected, under_way
 from victim import Victim
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: in stage `label`, after this share of its seconds; of the whole run where there is no label."""
+    """When to kill: this share of the seconds of `stage`, or of the whole run's where there is none."""
 
     share: float
-    label: str = ""
+    stage: Computed | None = None
 
 
 def inject(ground: Ground) -> Iterator[Outcome]:
@@ -45,24 +45,27 @@ def inject(ground: Ground) -> Iterator[Outcome]:
 def _moment(rng: random.Random, reference: Reference) -> Moment:
     if rng.random() < 0.5:
         return Moment(rng.random())
-    return Moment(rng.random(), rng.choice(list(reference.stages)))
+    name = rng.choice(sorted({stage.name for stage in reference.computed}))
+    return Moment(rng.random(), rng.choice([stage for stage in reference.computed if stage.name == name]))
 
 
 def _chain(ground: Ground, reference: Reference, moments: list[Moment], hit: Counter[str]) -> Iterator[Outcome]:
     """Kill one run at `moments`, those that it reaches, let it end, and compare."""
     folder, root = ground.lay()
-    order = {label: place for place, label in enumerate(reference.stages)}
+    order = {stage: place for place, stage in enumerate(reference.computed)}
     kills: list[tuple[int, int]] = []
     seen: list[tuple[str, str, list[str]]] = []
-    for moment in sorted(moments, key=lambda moment: order.get(moment.label, 0)):
-        victim = Victim(folder, "run", "experiment.yaml", "--quiet")
-        place = _kill(victim, root, moment, reference)
-        if place is None:  # it had ended, or was past that stage
+    for moment in sorted(moments, key=lambda moment: order[moment.stage] if moment.stage else -1):
+        stop = injected("STOP", moment.stage.folder) if moment.stage else {}
+        victim = Victim(folder, "run", "experiment.yaml", "--quiet", environment=stop)
+        if not _killed(victim, moment, reference):  # it had ended, or was past that stage
             break
         left, took = victim.gone()
         kills.append(at_kill(root))
-        hit["between two stages" if place.startswith("between") else place.rpartition(" ")[2]] += 1
-        seen.append((f"killed in {place}", f"all of it gone after {took:.1f} s", left))
+        places = under_way(root)
+        hit[places[0].name if places else "starting, or between two stages"] += 1
+        where = f"in {places[0].folder}" if places else "while starting, or between two stages"
+        seen.append((f"killed {where}", f"all of it gone after {took:.1f} s", left))
     last = Victim(folder, "run", "experiment.yaml", "--quiet")
     status = last.end()
     difference = ground.same(root, reference, kills) if status == 0 else f"ended with {status}: {last.said()}"
@@ -72,19 +75,19 @@ def _chain(ground: Ground, reference: Reference, moments: list[Moment], hit: Cou
         yield Outcome(what, not trouble, trouble or how)
 
 
-def _kill(victim: Victim, root: Path, moment: Moment, reference: Reference) -> str | None:
-    """Kill `victim` at `moment`; where it was. None where it ended before."""
-    if moment.label:
-        passed = set(list(reference.stages)[list(reference.stages).index(moment.label) + 1 :])
-        there = victim.until(lambda: victim.label(root) in {moment.label, *passed})
-        wait = moment.share * reference.stages[moment.label]
+def _killed(victim: Victim, moment: Moment, reference: Reference) -> bool:
+    """Kill `victim` at `moment`; false where it ended before."""
+    if moment.stage:
+        there = victim.until(lambda: victim.stands_still)
+        wait = moment.share * moment.stage.seconds
     else:
         there, wait = True, moment.share * reference.seconds
     victim.note()
     limit = time.monotonic() + wait
+    if moment.stage and there:
+        victim.go_on()
     if not there or not victim.until(lambda: time.monotonic() >= limit):
-        return None
-    place = victim.label(root) or "between two stages"
+        return False
     victim.note()
     victim.kill()
-    return place
+    return True
