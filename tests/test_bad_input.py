@@ -1,10 +1,8 @@
-"""Bad input as a user gives it: some of each kind here, more of it with `-m slow`, all of it by `make bad-input`."""
+"""Bad input as a user gives it: some of each kind here, all of it by `make bad-input`."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +43,6 @@ SPREAD = (
     "gpu: one for the engine",
     "folder: a folder of other things, watched",
 )
-SLOW = ("yaml", "keys", "set", "usage", "chat", "lora", "folder")
-"""Kinds of which every case is run with the slow tests; the others take longer."""
 
 
 @pytest.fixture(autouse=True)
@@ -188,19 +184,3 @@ def test_bytes_of_noise_are_one_line(file: Path, noise: bytes) -> None:
     with pytest.raises(OnlineDPOError) as error:
         load_experiment(file)
     assert len(str(error.value).splitlines()) == 1
-
-
-# --- all of it ---
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", SLOW)
-def test_every_case_of_a_kind(kind: str) -> None:
-    """A process of its own, so that what a hundred cases import and leave behind is no other test's."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "bad_input.py"), kind], capture_output=True, text=True, check=False, timeout=550
-    )
-    last = done.stdout.splitlines()[-1] if done.stdout else ""
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    inputs, lines, traces = (int(part.split()[0]) for part in last.split(", "))
-    assert inputs == lines > 0 and traces == 0, json.dumps(last)

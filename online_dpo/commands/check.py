@@ -83,12 +83,13 @@ def _rehearsed(resolved: Resolved, engine: str, quiet: bool) -> None:
     from online_dpo.display import make_console, make_progress
     from online_dpo.planner.display import prediction_tables
     from online_dpo.planner.predicting import by_rehearsal
+    from online_dpo.planner.processes import age
     from online_dpo.planner.rehearsal import described
 
     shown = make_console(stderr=True)
     with _sigterm_unwinds(), make_progress(quiet, shown) as progress:
         progress.say(described(resolved, engine))
-        prediction = by_rehearsal(resolved, engine, progress)
+        prediction = by_rehearsal(resolved, engine, progress, age())
     make_console().print(prediction_tables(prediction))
 
 

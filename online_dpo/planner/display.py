@@ -85,7 +85,7 @@ def _total(prediction: Prediction) -> Text:
     arms, seeds = len(prediction.arms), prediction.seeds
     sampled = seeds * sum(arm.sampled_tokens for arm in prediction.arms)
     trained = seeds * sum(arm.trained_tokens for arm in prediction.arms)
-    start = f", {duration(prediction.start_s)} to start in it" if prediction.start_s else ""
+    start = f", {duration(prediction.start_s)} to start and end in it" if prediction.start_s else ""
     return Text(
         f"{arms} arm(s) x {seeds} seed(s), all rounds: {duration(prediction.seconds)}{start}; {sampled:,.0f} tokens "
         f"sampled, {trained:,.0f} trained; {decimal(int(prediction.kept_bytes))} on disk. Stages that arms share are "

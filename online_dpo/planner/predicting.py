@@ -80,8 +80,9 @@ def like_run(resolved: Resolved, engine: str, run: Path) -> Prediction:
     return measured(resolved, found, needs_by_formula(resolved, engine), said)
 
 
-def by_rehearsal(resolved: Resolved, engine: str, progress: Progress) -> Prediction:
-    """By a short real run here. Raises what a run raises."""
+def by_rehearsal(resolved: Resolved, engine: str, progress: Progress, before_s: float) -> Prediction:
+    """By a short real run here. `before_s`: seconds that this process has spent so far, which a run spends, too.
+    Raises what a run raises."""
     experiment = resolved.experiment
     shape = shape_of(resolved.model.path)
     found = rehearse(resolved, engine, progress)
@@ -93,13 +94,16 @@ def by_rehearsal(resolved: Resolved, engine: str, progress: Progress) -> Predict
     # The rehearsal's steps were smaller where the experiment's are large.
     most = experiment.learner.tokens_per_pass or CPU_TOKENS_PER_PASS
     passes = [min(most, round(size * unit)) for size in (experiment.arm(arm).dpo.batch_size, found.batch)]
-    more = [learner_memory(experiment, shape, max(1, tokens)).activations for tokens in passes]
+    real, rehearsed = (learner_memory(experiment, shape, max(1, tokens)).activations for tokens in passes)
     held = {name: float(peak) for name, peak in found.peaks.items()}
     if "learner" in held:
-        held["learner"] += more[0] - more[1]
+        held["learner"] += real - rehearsed
     counts = {"engine": experiment.cluster.engines, "learner": experiment.learner.workers}
     needs = [ProcessNeed(name, counts.get(name, 1), peak) for name, peak in held.items()]
-    return measured(resolved, found.observed, needs, said, found.start_s)
+    lines = fit_all(found.observed.points)
+    more = [seconds - lines[stage].at(units) for stage, (units, seconds) in found.first.items() if stage in lines]
+    start_s = before_s + found.start_s + sum(max(0.0, seconds) for seconds in more)
+    return measured(resolved, found.observed, needs, said, start_s)
 
 
 def measured(

@@ -73,7 +73,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`said`: where the figures come from, lines for the screen. `start_s`: before the first stage."""
+    """`said`: where the figures come from, lines for the screen. `start_s`: of no stage (programs are
+    loaded, processes started and ended), and what the first round takes more than others."""
 
     arms: Sequence[ArmPrediction]
     seeds: int

@@ -1,4 +1,4 @@
-"""The processes that a run started on this machine, and the most memory that each has held. Linux alone."""
+"""The processes that a run started on this machine: the most memory that each has held, and how old. Linux alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def peaks(root: int | None = None) -> dict[str, int]:
         if role is not None:
             found[role] = max(found.get(role, 0), _peak(process))
     return found
+
+
+def age() -> float:
+    """Seconds since this process began; 0 where the system has no /proc."""
+    try:
+        began = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    except OSError:
+        return 0.0
+    return up - began / os.sysconf("SC_CLK_TCK")
 
 
 def descendants(root: int) -> list[int]:

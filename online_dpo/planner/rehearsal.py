@@ -10,6 +10,7 @@ from pathlib import Path
 from online_dpo.arms import Run
 from online_dpo.config import Experiment, validate_experiment
 from online_dpo.loop import run_experiment
+from online_dpo.planner.measured import Point
 from online_dpo.planner.observed import Observed, observe
 from online_dpo.planner.processes import peaks
 from online_dpo.protocols import Progress
@@ -34,9 +35,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What was observed; seconds to start; bytes of memory at their highest, by process; and pairs a step had."""
+    """What was observed; (units, seconds) of each stage of the very first round, which loads what later ones have;
+    seconds to start and to end the processes; bytes of memory at their highest, by process; and pairs a step had."""
 
     observed: Observed
+    first: dict[str, Point]
     start_s: float
     peaks: dict[str, int]
     batch: int
@@ -85,9 +88,12 @@ def rehearse(resolved: Resolved, engine: str, progress: Progress) -> Rehearsed:
             start_s = time.perf_counter() - began
             for store, part in zip(stores, parts, strict=True):
                 _run_part(run, store, part)
-            found = observe(stores[0], first_round=2)
-            found.add(observe(stores[1]))
-            return Rehearsed(found, start_s, peaks(), batch)
+            held, ended = peaks(), time.perf_counter()
+        start_s += time.perf_counter() - ended
+        found = observe(stores[0], first_round=2)
+        found.add(observe(stores[1]))
+        first = {stage: points[0] for stage, points in observe(stores[0]).points.items() if points}
+        return Rehearsed(found, first, start_s, held, batch)
 
 
 def _run_part(run: Run, store: RunStore, part: Resolved) -> None:

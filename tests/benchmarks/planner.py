@@ -1,9 +1,10 @@
 """Figure `planner`: what `check --predict` says of an experiment beside what then happens, stage by stage.
 
-Each run rehearses, then really runs the same experiment through the command line with another seed. `predicted` and
-`happened` are seconds of a round's stage: the median over runs, and over rounds from the first on. Seconds of single
-runs are printed too: on a machine that does something else besides they say how far apart two equal runs are. Peak
-memory is the largest that engine, learner and driver reached.
+Each run rehearses in a process of its own, as `check` does, then really runs the same experiment through the command
+line with another seed. `predicted` and `happened` are seconds of a round's stage: the median over runs, and over rounds
+from the second on. `start` is all else: programs that are loaded, processes that start and end, and what the first
+round takes more. Seconds of single runs are printed too: on a machine that does something else besides they say how far
+apart two equal runs are. Peak memory is the largest that engine, learner and driver reached.
 
 `--planner-like RUN` runs nothing: the first seed of a finished run predicts each stage of the others, as `check --like`
 would.
@@ -36,7 +37,7 @@ from online_dpo.display.progress import QuietProgress
 from online_dpo.planner.measured import fit_all
 from online_dpo.planner.observed import observe
 from online_dpo.planner.predicting import by_rehearsal
-from online_dpo.planner.processes import peaks
+from online_dpo.planner.processes import age, peaks
 from online_dpo.planner.work import INITIAL, STAGES
 from online_dpo.runs import resolve
 from online_dpo.store import RunStore
@@ -63,7 +64,7 @@ class Beside:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this figure beside `--model` and `--runs`."""
-    parser.add_argument("--planner-rounds", type=int, default=2, help="rounds of the experiment that is predicted")
+    parser.add_argument("--planner-rounds", type=int, default=3, help="rounds of the experiment that is predicted")
     parser.add_argument("--planner-prompts", type=int, default=32, help="prompts a round, with --model")
     parser.add_argument("--planner-like", type=Path, metavar="RUN", help="a finished run of several seeds")
     parser.add_argument("--planner-only", choices=("stories260k", "model"), help="one of the two models")
@@ -143,11 +144,21 @@ def measure(file: Path, runs: int) -> tuple[Beside, Beside]:
 
 
 def predict(file: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds by stage and bytes by process that a rehearsal gives."""
+    """Seconds by stage and bytes by process that a rehearsal gives, in a process that does nothing else."""
+    command = [sys.executable, str(Path(__file__).resolve()), str(file)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the rehearsal ended with {done.returncode}: {done.stderr[-2000:].decode()}")
+    seconds, memory = json.loads(done.stdout.splitlines()[-1])
+    return seconds, memory
+
+
+def rehearsed(file: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """What `check --predict` does, as figures."""
     spec = load_experiment(file)
     resolved = resolve(spec, file.parent)
     engine, _ = choose_engine(spec, resolved.model.path)
-    found = by_rehearsal(resolved, engine, QuietProgress())
+    found = by_rehearsal(resolved, engine, QuietProgress(), age())
     (arm,) = found.arms
     stages = {stage: value for stage, value in arm.stages.items() if value is not None}
     whole = {"start": found.start_s, "all": found.seconds}
@@ -173,8 +184,11 @@ def really(file: Path, seed: int) -> tuple[dict[str, float], dict[str, float]]:
     took = time.perf_counter() - began
     rounds = sorted((file.parent / "runs" / f"seed-{seed}" / "arms" / "on_policy" / f"seed_{seed}").glob("round_*"))
     rows = [json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["seconds"] for folder in rounds]
-    stages = {stage: statistics.median(row[stage] for row in rows[1:] if stage in row) for stage in STAGES}
-    worked = sum(sum(row.values()) for row in rows)
+    stages = {
+        stage: statistics.median(row[stage] for row in rows[min(2, len(rows) - 1) :] if stage in row)
+        for stage in STAGES
+    }
+    worked = rows[0]["evaluate"] + (len(rows) - 1) * sum(stages.values())
     return {INITIAL: rows[0]["evaluate"], **stages, "start": took - worked, "all": took}, peak
 
 
@@ -196,3 +210,7 @@ def say(model: str, seconds: Beside, memory: Beside) -> None:
                 "runs": len(happened),
             }
             print(json.dumps(figure), flush=True)
+
+
+if __name__ == "__main__":
+    print(json.dumps(rehearsed(Path(sys.argv[1]))))

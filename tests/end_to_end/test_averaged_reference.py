@@ -76,6 +76,8 @@ def test_killed_around_the_average_it_ends_with_the_same_bytes(
     outcome: Outcome, changes: dict[str, Any], small_model: Path, tmp_path: Path
 ) -> None:
     """kill -9 once round 2's average is there and before it trains; again while round 3's is made or just after."""
+    if "lora" not in changes:
+        pytest.skip("the store's work is the same: stacked adapters stand for both")
     root = write_experiment(tmp_path, small_model, "tiny", **changes)
     second, third = (root / "arms" / "averaged" / "seed_0" / f"round_{index:02d}" for index in (2, 3))
 
