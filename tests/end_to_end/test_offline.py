@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stories import NAMES, THINGS, Outcome, Started, results, run, write_experiment
+from stories import NAMES, THINGS, Outcome, run
 
 from online_dpo.records import read_candidates, read_prompts
 
@@ -69,22 +69,6 @@ def test_tokens_are_the_dialogues(outcome: Outcome, small_model: Path) -> None:
     pairs = set(zip(texts[:12:2], texts[1:12:2], strict=True))
     assert pairs <= {(chosen.strip(), rejected.strip()) for chosen, rejected in whole}
     assert [c.text for c in spin] == [c.text for c in offline[::2]]  # the same prompts, the same answers
-
-
-def test_killed_while_it_trains_it_ends_with_the_same_bytes(
-    outcome: Outcome, small_model: Path, tmp_path: Path
-) -> None:
-    write_pairs(tmp_path)
-    root = write_experiment(tmp_path, small_model, "offline", **CHANGES)
-    killed = Started(tmp_path, "run", "experiment.yaml")
-    killed.wait_for((root / "arms" / "offline" / "seed_0" / "round_02" / ".train.tmp").exists)
-    killed.kill()
-    resumed = Started(tmp_path, "resume", str(root))
-    assert resumed.end() == 0, resumed.err.read_text(encoding="utf-8")
-    found, expected = results(root), results(outcome.root)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
-    assert killed.outlived(120) == []
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

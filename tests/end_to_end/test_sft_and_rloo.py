@@ -143,7 +143,7 @@ def test_killed_in_the_middle_of_fine_tuning_it_ends_with_the_same_bytes(
 ) -> None:
     """kill -9 once a checkpoint lies there; resuming makes the model that nobody interrupted."""
     folder = with_given(tmp_path)
-    slow = {**SFT, "epochs": 60}
+    slow = {**SFT, "epochs": 30}
     root = write_experiment(
         folder, stories, "learned", sft=slow, arms={"on_policy": {}}, rounds=1,
         learner={"threads": 1, "save_every": 10},

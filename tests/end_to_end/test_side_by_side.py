@@ -11,7 +11,7 @@ from stories import results, run
 
 pytestmark = pytest.mark.slow
 
-SEEDS: dict[str, Any] = {"seeds": [0, 1, 2], "rounds": 3}
+SEEDS: dict[str, Any] = {"seeds": [0, 1, 2]}
 """Six arms: enough that some are left when the second lane has started its processes."""
 LATE: dict[str, Any] = {"arms": {"late": {"source": {"lag": 1}}}, "rounds": 3}
 
