@@ -31,7 +31,7 @@ def test_a_rehearsal_predicts_and_leaves_nothing(desk: Desk, tmp_path: Path, mon
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     result = desk("check", desk.file, "--predict")
     assert result.exit_code == 0, result.stderr
-    assert "rehearsing: 2 rounds of 1 prompts, one of 3; 2 and 4 held out" in result.stderr
+    assert "rehearsing: 2 rounds of 1 prompts, 2 of 3; 2 and 4 held out" in result.stderr
     for part in ("Predicted seconds of a round", "Predicted tokens and disk", "Predicted peak memory", "driver"):
         assert part in result.stdout
     assert "rehearsed here, with arm on_policy" in result.stdout
@@ -111,10 +111,10 @@ def test_how_much_is_rehearsed(desk: Desk) -> None:
     vLLM fills up as answers end: 4 and 12."""
     desk.spec["prompts"] |= {"per_round": 100}
     spec = load_experiment(desk.write())
-    assert sizes(spec, "on_policy", "transformers", 500, 200) == (Size(10, 32, 2), Size(30, 96, 1))
-    assert sizes(spec, "on_policy", "transformers", 500, 40) == (Size(10, 20, 2), Size(30, 40, 1))
-    assert sizes(spec, "on_policy", "vllm", 500, 200) == (Size(4, 4, 2), Size(12, 12, 1))
-    assert sizes(spec, "on_policy", "vllm", 1, 1) == (Size(1, 1, 2), Size(1, 1, 1))
+    assert sizes(spec, "on_policy", "transformers", 500, 200) == (Size(10, 32, 2), Size(30, 96, 2))
+    assert sizes(spec, "on_policy", "transformers", 500, 40) == (Size(10, 20, 2), Size(30, 40, 2))
+    assert sizes(spec, "on_policy", "vllm", 500, 200) == (Size(4, 4, 2), Size(12, 12, 2))
+    assert sizes(spec, "on_policy", "vllm", 1, 1) == (Size(1, 1, 2), Size(1, 1, 2))
 
 
 def test_the_driver_is_among_the_processes() -> None:

@@ -13,6 +13,7 @@ from online_dpo.loop import run_experiment
 from online_dpo.planner.measured import Point
 from online_dpo.planner.observed import Observed, observe
 from online_dpo.planner.processes import peaks
+from online_dpo.planner.work import INITIAL
 from online_dpo.protocols import Progress
 from online_dpo.runs import Resolved, live_run, open_cache, open_or_create
 from online_dpo.store import RunStore
@@ -46,7 +47,7 @@ class Rehearsed:
 
 
 def sizes(experiment: Experiment, name: str, engine: str, train: int, held_out: int) -> tuple[Size, Size]:
-    """The smaller run, whose first round warms up and whose second counts, and the larger one.
+    """The smaller run and the larger one; the second round of each counts.
 
     `train` and `held_out`: prompts that there are.
     """
@@ -56,7 +57,7 @@ def sizes(experiment: Experiment, name: str, engine: str, train: int, held_out: 
     most = min(experiment.prompts.per_round, train)
     larger = min(most, TIMES * prompts), min(held_out, TIMES * replies)
     smaller = min(prompts, max(1, larger[0] // 2)), min(replies, max(1, larger[1] // 2))
-    return Size(*smaller, rounds=2), Size(*larger, rounds=1)
+    return Size(*smaller, rounds=2), Size(*larger, rounds=2)
 
 
 def described(resolved: Resolved, engine: str) -> str:
@@ -65,8 +66,9 @@ def described(resolved: Resolved, engine: str) -> str:
     name = resolved.experiment.run_order()[0]
     small, large = sizes(resolved.experiment, name, engine, len(prompts.train), len(prompts.held_out))
     return (
-        f"rehearsing: {small.rounds} rounds of {small.prompts} prompts, one of {large.prompts}; {small.held_out} and "
-        f"{large.held_out} held out; judges are really asked; seconds for a small model, minutes for a large one"
+        f"rehearsing: {small.rounds} rounds of {small.prompts} prompts, {large.rounds} of {large.prompts}; "
+        f"{small.held_out} and {large.held_out} held out; judges are really asked; "
+        "seconds for a small model, minutes for a large one"
     )
 
 
@@ -90,9 +92,11 @@ def rehearse(resolved: Resolved, engine: str, progress: Progress) -> Rehearsed:
                 _run_part(run, store, part)
             held, ended = peaks(), time.perf_counter()
         start_s += time.perf_counter() - ended
-        found = observe(stores[0], first_round=2)
-        found.add(observe(stores[1]))
+        # First rounds load what later ones have, and score fewer policies: they count as a start alone.
         first = {stage: points[0] for stage, points in observe(stores[0]).points.items() if points}
+        found = observe(stores[0], first_round=2)
+        found.points[INITIAL].clear()
+        found.add(observe(stores[1], first_round=2))
         return Rehearsed(found, first, start_s, held, batch)
 
 
@@ -123,7 +127,7 @@ def _part(resolved: Resolved, name: str, size: Size, batch: int, place: Path) ->
     data["cluster"] |= {"lanes": 1}
     data["evaluation"] |= {"pairs": None}
     prompts = resolved.prompts
-    # Both rounds of the smaller run have prompts of their own, where there are so many.
+    # Both rounds have prompts of their own, where there are so many.
     train = prompts.train[: size.rounds * size.prompts]
     few = replace(prompts, train=train, held_out=prompts.held_out[: size.held_out])
     spec = validate_experiment(data, "the rehearsal")

@@ -64,7 +64,7 @@ class Beside:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this figure beside `--model` and `--runs`."""
-    parser.add_argument("--planner-rounds", type=int, default=3, help="rounds of the experiment that is predicted")
+    parser.add_argument("--planner-rounds", type=int, default=4, help="rounds of the experiment that is predicted")
     parser.add_argument("--planner-prompts", type=int, default=32, help="prompts a round, with --model")
     parser.add_argument("--planner-like", type=Path, metavar="RUN", help="a finished run of several seeds")
     parser.add_argument("--planner-only", choices=("stories260k", "model"), help="one of the two models")
