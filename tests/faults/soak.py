@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ground import MODEL, Ground
+from ground import MODEL, SMALL, Ground
 from scipy import stats
 from victim import Victim
 
@@ -121,7 +121,9 @@ def fitted(rows: Sequence[Seen], figure: str) -> Line:
 def soak(rounds: int, model: Path, work: Path) -> list[Seen]:
     """Run them; what was seen at each. Raises `RuntimeError` when the run does not end well."""
     ground = Ground(work, model, argparse.Namespace())
-    folder, root = ground.lay({"rounds": rounds, "arms": {"on_policy": {}}, "keep": "last"})
+    # A rate at which the policy is still alive at the end: one that says one word alone makes no pairs.
+    small = {**SMALL["dpo"], "lr": 1e-6}
+    folder, root = ground.lay({"rounds": rounds, "arms": {"on_policy": {}}, "keep": "last", "dpo": small})
     victim = Victim(folder, "run", "experiment.yaml", "--quiet")
     seen: list[Seen] = []
     before = 0.0
