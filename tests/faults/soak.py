@@ -123,7 +123,8 @@ def soak(rounds: int, model: Path, work: Path) -> list[Seen]:
     ground = Ground(work, model, argparse.Namespace())
     # A rate at which the policy is still alive at the end: one that says one word alone makes no pairs.
     small = {**SMALL["dpo"], "lr": 1e-6}
-    folder, root = ground.lay({"rounds": rounds, "arms": {"on_policy": {}}, "keep": "last", "dpo": small})
+    # One round more than are looked at: after the last one the processes end.
+    folder, root = ground.lay({"rounds": rounds + 1, "arms": {"on_policy": {}}, "keep": "last", "dpo": small})
     victim = Victim(folder, "run", "experiment.yaml", "--quiet")
     seen: list[Seen] = []
     before = 0.0
@@ -134,7 +135,7 @@ def soak(rounds: int, model: Path, work: Path) -> list[Seen]:
                 raise RuntimeError(f"ended with {victim.process.wait()}: {victim.said()}")
             time.sleep(0.02)
         now = time.monotonic()
-        if number and not victim.ended:
+        if number:
             seen.append(look(victim, number, now - before))
         before = now
     if victim.end() != 0:
