@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from online_dpo.errors import ConfigError, ModelError
 from online_dpo.planner.disk import arm_disk, policy_bytes, trained_parameters
 from online_dpo.planner.measured import Line, MeasuredSpeeds, fit
 from online_dpo.planner.memory import LearnerMemory
+from online_dpo.planner.observed import Observed
 from online_dpo.planner.operations import Text, forward_flops, kv_bytes, text, training_flops
 from online_dpo.planner.paper import PaperSpeeds, hardware
-from online_dpo.planner.predicting import on_paper
+from online_dpo.planner.predicting import on_paper, start_seconds
 from online_dpo.planner.prediction import ArmPrediction, Place, Prediction, ProcessNeed
+from online_dpo.planner.rehearsal import Rehearsed
 from online_dpo.planner.shape import folder_of, shape_of
 from online_dpo.planner.work import INITIAL, STAGES, Rates, round_work, stage_units, training_passes
 
@@ -141,6 +146,23 @@ def test_a_line_through_two_sizes_has_a_start() -> None:
     """(10, 3) and (40, 9): 0.2 a unit and 1 to start."""
     line = fit([(10, 3.0), (40, 9.0)])
     assert (line.fixed, line.each) == pytest.approx((1.0, 0.2))
+
+
+def test_what_the_first_round_takes_more_is_of_the_start() -> None:
+    """Sampling: 1 + 0.2 · 10 = 3 of the 5 seconds are the stage's. Training took less than later: nothing."""
+    points = {"sample": [(10.0, 3.0), (40.0, 9.0)], "train": [(5.0, 2.0), (5.0, 2.0)]}
+    first = {"sample": (10.0, 5.0), "train": (5.0, 1.0), "judge": (10.0, 9.0)}
+    found = Rehearsed(Observed(points), first, start_s=7.0, peaks={}, batch=1)
+    assert start_seconds(found) == pytest.approx(7.0 + 2.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
+def test_how_old_a_process_is() -> None:
+    """What it has done before it asks counts, and so does the start of Python; the clock ticks in hundredths."""
+    code = "import time; from online_dpo.planner.processes import age; time.sleep(0.3); print(age())"
+    began = time.monotonic()
+    told = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert 0.29 < told < time.monotonic() - began + 0.05
 
 
 def test_sizes_that_are_nearly_the_same_say_nothing_of_a_start() -> None:

@@ -13,7 +13,7 @@ from online_dpo.planner.memory import LearnerMemory, decoding_bytes
 from online_dpo.planner.observed import Observed, observe, passes_of
 from online_dpo.planner.paper import Hardware, PaperSpeeds
 from online_dpo.planner.prediction import Place, Prediction, ProcessNeed, predict_arms
-from online_dpo.planner.rehearsal import rehearse
+from online_dpo.planner.rehearsal import Rehearsed, rehearse
 from online_dpo.planner.shape import ModelShape, shape_of
 from online_dpo.planner.work import Rates, round_work
 from online_dpo.protocols import Progress
@@ -100,10 +100,14 @@ def by_rehearsal(resolved: Resolved, engine: str, progress: Progress, before_s: 
         held["learner"] += real - rehearsed
     counts = {"engine": experiment.cluster.engines, "learner": experiment.learner.workers}
     needs = [ProcessNeed(name, counts.get(name, 1), peak) for name, peak in held.items()]
+    return measured(resolved, found.observed, needs, said, before_s + start_seconds(found))
+
+
+def start_seconds(found: Rehearsed) -> float:
+    """Of processes that start and end, and what the first round's stages took more than later ones of their size."""
     lines = fit_all(found.observed.points)
     more = [seconds - lines[stage].at(units) for stage, (units, seconds) in found.first.items() if stage in lines]
-    start_s = before_s + found.start_s + sum(max(0.0, seconds) for seconds in more)
-    return measured(resolved, found.observed, needs, said, start_s)
+    return found.start_s + sum(max(0.0, seconds) for seconds in more)
 
 
 def measured(
