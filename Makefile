@@ -2,7 +2,7 @@
 # make test         create the environment and run the tests, slow ones excluded
 # make test-slow    the slow tests: real vLLM, Ray and SmolLM2
 # make bench        every figure against what people use: hours; choose with ARGS (tests/benchmarks/README.md)
-# make faults       kill, fill, damage, interrupt: small real runs, each held against one that nobody disturbed (an hour)
+# make faults       kill, fill, damage, interrupt: small real runs, each held against one that nobody disturbed (an hour or two)
 # make bad-input    every wrong file, key, option and folder: each must end in one line with nothing lost (minutes)
 # make soak         200 rounds in one process: memory, open files, shared memory and seconds a round
 # make lint         ruff and mypy
